@@ -1,0 +1,77 @@
+"""Save what was trained so that diffusers gives exactly the trained model back, and prove it at save time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rsaft.backbones.lora import ADAPTER
+from rsaft.backbones.stable_diffusion import StableDiffusion
+from rsaft.errors import ExportError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_VERIFY = "rsaft_verify"
+
+
+def export_weights(backbone: StableDiffusion, folder: Path) -> float:
+    """Write the trained weights into `folder`, load them back with diffusers, and compare the network's outputs.
+
+    LoRA: `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`; the adapter's metadata goes into
+    the file, because without it diffusers loads alpha as rank. Full fine-tuning: `unet/`, for
+    `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`.
+
+    Returns:
+        The largest absolute difference between the trained and the reloaded network on a fixed input: 0.0.
+
+    Raises:
+        ExportError: if the reloaded network differs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    expected = _probe(backbone)
+    found = _lora_round_trip(backbone, folder) if backbone.lora else _full_round_trip(backbone, folder)
+    difference = float((expected - found).abs().max())
+    if difference != 0.0:
+        raise ExportError(
+            f"export to {folder}: the reloaded network differs from the trained one by {difference:.3g}, and must be "
+            "equal; keep the run's own checkpoint and report this."
+        )
+    return difference
+
+
+def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import get_peft_model_state_dict
+
+    pipe = backbone.pipe
+    state = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER)
+    pipe.save_lora_weights(
+        folder, unet_lora_layers=state, weight_name=LORA_FILE, **_collate_lora_metadata({"unet": pipe.unet})
+    )
+    pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_VERIFY)
+    try:
+        pipe.unet.set_adapter(_VERIFY)
+        return _probe(backbone)
+    finally:
+        pipe.unet.set_adapter(ADAPTER)
+        pipe.unet.delete_adapters(_VERIFY)
+
+
+def _full_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
+    network = backbone.network
+    network.save_pretrained(folder / "unet", safe_serialization=True)
+    reloaded = type(network).from_pretrained(folder, subfolder="unet", torch_dtype=next(network.parameters()).dtype)
+    trained = backbone.network
+    try:
+        backbone.network = reloaded.to(backbone.device).eval()
+        return _probe(backbone)
+    finally:
+        backbone.network = trained
+
+
+@torch.no_grad()
+def _probe(backbone: StableDiffusion) -> torch.Tensor:
+    """The denoiser's output on a fixed input."""
+    noise = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(0))
+    denoise = backbone.denoiser(["a probe"], guidance=1.0, detach_unconditional=False)
+    return denoise(noise.to(backbone.device, backbone.dtype), 500.0)

@@ -1,0 +1,77 @@
+"""LoRA through peft's `add_adapter`: settings, attachment, and the checks that a pure tail needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rsaft.errors import ConfigError
+
+ADAPTER = "default"
+
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the denoiser's attention: W + (alpha / rank) B A.
+
+    Cost: 2 * rank * width trainable values a layer, kept in fp32 whatever the network's dtype.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0  # the adapter is scaled by alpha / rank
+    targets: tuple[str, ...] = ATTENTION_TARGETS  # ends of module names
+    dropout: float = 0.0  # only 0: see below
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank is the width of the adapter, so rank >= 1; got {self.rank}.")
+        if self.alpha <= 0:
+            raise ConfigError(f"lora.alpha scales the adapter, so alpha > 0; got {self.alpha}.")
+        if self.dropout != 0:
+            raise ConfigError(
+                f"lora.dropout: two passes over one rollout must agree bit for bit, so dropout is 0; "
+                f"got {self.dropout}; use weight decay instead."
+            )
+
+
+def attach(network: nn.Module, lora: LoRA, *, seed: int) -> None:
+    """Freeze `network` and add one adapter to it; its factors are fp32 and the only trainable tensors.
+
+    Args:
+        network: a diffusers model.
+        lora: the adapter's settings.
+        seed: of the adapter's initial A (B starts at 0).
+
+    Raises:
+        ConfigError: if no module matches `lora.targets`.
+    """
+    from peft import LoraConfig
+
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not any(name == t or name.endswith("." + t) for name in linear for t in lora.targets):
+        ends = sorted(
+            {name.rsplit(".", 1)[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in linear}
+        )
+        raise ConfigError(
+            f"lora.targets: no linear layer ends in one of {list(lora.targets)}; this network's layers end in {ends}."
+        )
+    network.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # peft draws A from the global generator
+        network.add_adapter(
+            LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=list(lora.targets),
+                lora_dropout=0.0,
+                init_lora_weights="gaussian",
+            ),
+            adapter_name=ADAPTER,
+        )
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,61 @@
+"""From a diffusers scheduler's grid to a Schedule. The grids (spacing, offsets, shifts) stay diffusers' own."""
+
+from __future__ import annotations
+
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from rsaft.errors import ConfigError
+from rsaft.schedules import Prediction, Schedule
+
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
+
+
+def ddim_schedule(scheduler: DDIMScheduler, num_steps: int) -> Schedule:
+    """alpha_t = sqrt(alphas_cumprod[t]) on the scheduler's grid of `num_steps` timesteps.
+
+    Raises:
+        ConfigError: for a prediction type without a conversion, or more steps than the network was trained with.
+    """
+    kind = scheduler.config.prediction_type
+    if kind not in _PREDICTIONS:
+        raise ConfigError(
+            f"scheduler.prediction_type: found '{kind}', and the sampler converts {sorted(_PREDICTIONS)}; "
+            "use a checkpoint of one of these kinds."
+        )
+    if num_steps > scheduler.config.num_train_timesteps:
+        raise ConfigError(
+            f"num_steps: the model was trained with {scheduler.config.num_train_timesteps} noise levels, "
+            f"so num_steps <= {scheduler.config.num_train_timesteps}; got {num_steps}."
+        )
+    scheduler = DDIMScheduler.from_config(scheduler.config)  # set_timesteps below changes it
+    scheduler.set_timesteps(num_steps)
+    timesteps = [int(t) for t in scheduler.timesteps]
+    cumprod = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
+    stride = scheduler.config.num_train_timesteps // num_steps
+    last = timesteps[-1] - stride
+    cumprod.append(float(scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod))
+    return Schedule(
+        alphas=tuple(a**0.5 for a in cumprod),
+        sigmas=tuple((1 - a) ** 0.5 for a in cumprod),
+        timesteps=tuple(float(t) for t in timesteps),
+        prediction=_PREDICTIONS[kind],
+    )
+
+
+def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, *, mu: float | None = None) -> Schedule:
+    """sigma_t on the scheduler's grid, alpha_t = 1 - sigma_t.
+
+    Args:
+        scheduler: its shift decides the grid.
+        num_steps: steps of the trajectory.
+        mu: the resolution-dependent shift, for schedulers with dynamic shifting.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(num_steps, mu=mu)
+    sigmas = tuple(float(s) for s in scheduler.sigmas)
+    return Schedule(
+        alphas=tuple(1 - s for s in sigmas),
+        sigmas=sigmas,
+        timesteps=tuple(float(t) for t in scheduler.timesteps),
+        prediction="flow",
+    )
