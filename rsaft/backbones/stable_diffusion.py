@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,11 +28,9 @@ class StableDiffusion:
         source: path or hub id that the pipeline was loaded from.
     """
 
-    def __init__(
-        self, pipe: StableDiffusionPipeline, *, lora: LoRA | None, compute_dtype: torch.dtype, source: str
-    ) -> None:
-        self.pipe = pipe
-        self.network: nn.Module = pipe.unet
+    def __init__(self, pipe: Any, *, lora: LoRA | None, compute_dtype: torch.dtype, source: str) -> None:
+        self.pipe = pipe  # Any: diffusers sets a pipeline's parts at run time
+        self.network: Any = pipe.unet
         self.lora = lora
         self.source = source
         self._compute_dtype = compute_dtype

@@ -1,0 +1,34 @@
+"""Sums over the processes of a run; with one process, nothing. Knows only torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Processes of the run: 1 outside torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number: 0 outside torchrun."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over processes. One collective for each dtype and device."""
+    if world_size() == 1:
+        return
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat)
+        for tensor, total in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.copy_(total.view_as(tensor))
