@@ -1,6 +1,6 @@
 """The shapes that rsaft's parts exchange, and the Protocols that they meet. Knows nobody.
 
-Dimension letters: b samples, m rewards, c h w channels and size, s sampling steps.
+Dimension letters: b samples, m rewards, c h w channels and size of images, hz wz size of latents, s sampling steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Images = Float[Tensor, "b 3 h w"]
-Latents = Float[Tensor, "b c h w"]
+Latents = Float[Tensor, "b c hz wz"]
 
 Denoiser = Callable[[Tensor, float], Tensor]
 """(x_t (b, c, h, w), network timestep) -> prediction (b, c, h, w), guidance included."""
@@ -51,7 +51,7 @@ class Batch:
 class Sample:
     """Final latents with their graph, and which prompt each belongs to (DRaFT-LV gives (1 + lv) b of them)."""
 
-    latents: Float[Tensor, "n c h w"]
+    latents: Float[Tensor, "n c hz wz"]
     prompts: tuple[str, ...]  # n prompts, one a latent
     index: Int[Tensor, " n"]  # row of the batch that each latent belongs to
 
