@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -32,3 +36,26 @@ def sum_(tensors: Sequence[Tensor]) -> None:
         dist.all_reduce(flat)
         for tensor, total in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gathered(part: T) -> list[T]:
+    """Every process's part, in the order of ranks."""
+    if world_size() == 1:
+        return [part]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def join(device: torch.device) -> None:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); nothing outside torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

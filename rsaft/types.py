@@ -160,6 +160,11 @@ class Rollout(Protocol):
 class Algorithm(Protocol):
     """Makes a rollout for a batch; a frozen dataclass of settings."""
 
+    @property
+    def sampling(self) -> Any:
+        """The `rsaft.sampling.Sampling` of its trajectories, which evaluations use too."""
+        ...
+
     def rollout(self, backbone: Backbone, batch: Batch) -> Rollout: ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ class LoRA:
             )
 
 
-def attach(network: nn.Module, lora: LoRA, *, seed: int) -> None:
+def attach(network: Any, lora: LoRA, *, seed: int) -> None:
     """Freeze `network` and add one adapter to it; its factors are fp32 and the only trainable tensors.
 
     Args:
@@ -61,7 +62,7 @@ def attach(network: nn.Module, lora: LoRA, *, seed: int) -> None:
         )
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # peft draws A from the global generator
+        torch.default_generator.manual_seed(seed)  # peft draws A from the CPU's global generator
         network.add_adapter(
             LoraConfig(
                 r=lora.rank,
@@ -74,4 +75,4 @@ def attach(network: nn.Module, lora: LoRA, *, seed: int) -> None:
         )
     for parameter in network.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

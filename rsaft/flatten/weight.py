@@ -56,14 +56,21 @@ def perturbed(params: Sequence[Tensor], eps: Sequence[Tensor]) -> Iterator[None]
             f"weight flattening: trainable tensors are {half}, which round a small perturbation away; keep them in "
             "float32 (load_backbone does) and let autocast compute in half precision."
         )
-    with torch.no_grad():
-        saved = [p.detach().clone() for p in params]
-        try:
+    with kept(params):
+        with torch.no_grad():
             for p, e in zip(params, eps, strict=True):
                 p.add_(e)
-            with torch.enable_grad():
-                yield
-        finally:
+        yield
+
+
+@contextmanager
+def kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever happens to the parameters' values inside, afterwards they are what they were, bit for bit."""
+    saved = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
             for p, value in zip(params, saved, strict=True):
                 p.copy_(value)
 

@@ -1,0 +1,50 @@
+"""Settings of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rsaft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the loop. Counts are updates, sizes are samples."""
+
+    steps: int = 200  # updates
+    seed: int = 0  # of prompts and all noise
+    batch_size: int = 16  # samples of one update, over all processes
+    micro_batch: int | None = None  # samples of one forward pass on one process; None: this process's whole share
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    lr_schedule: str = "constant"  # a name that diffusers.optimization.get_scheduler knows
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    ema: float | None = None  # decay of the weights' moving average, which is then evaluated and exported
+    eval_every: int = 25  # updates between evaluations; the first is before any update
+    eval_samples: int = 64
+    eval_batch: int = 32
+    eval_seed: int = 1_000_003  # of the evaluation's noise, the same for every run
+    sharpness_rho: float | None = None  # radius of the sharpness S1 that evaluations report; None leaves it out
+    grid: int = 16  # images in the saved sample grids
+    save_every: int = 50
+    keep: int = 2  # newest checkpoints that are kept
+    max_nonfinite: int = 10  # updates in a row without a finite gradient that stop the run
+    trackers: tuple[str, ...] = ()  # names that accelerate knows, such as tensorboard
+
+    def __post_init__(self) -> None:
+        at_least_one = ("batch_size", "eval_every", "eval_samples", "eval_batch", "save_every", "keep", "max_nonfinite")
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} counts, so {name} >= 1; got {getattr(self, name)}.")
+        if self.steps < 0 or self.warmup_steps < 0:
+            raise ConfigError(
+                f"train.steps and train.warmup_steps count updates; got {self.steps} and {self.warmup_steps}."
+            )
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ConfigError(f"train.micro_batch counts samples, so micro_batch >= 1; got {self.micro_batch}.")
+        if self.lr <= 0:
+            raise ConfigError(f"train.lr is a step size, so lr > 0; got {self.lr}.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"train.ema is a decay, so 0 < ema < 1; got {self.ema}.")
