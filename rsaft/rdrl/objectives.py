@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,11 +27,19 @@ def weighted_rewards(
     return rewards @ rewards.new_tensor([weights.get(name, 0.0) for name in names])
 
 
+def _refuse_empty(weights: Mapping[str, float]) -> None:
+    if not weights:
+        raise ConfigError("objective.weights: found none; give the weight of at least one reward by its name.")
+
+
 @dataclass(frozen=True)
 class WeightedSum:
     """loss = -sum_k w_k r_k."""
 
     weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        _refuse_empty(self.weights)
 
     def __call__(
         self, rewards: Float[Tensor, "b m"], names: tuple[str, ...], prompts: Sequence[str]
@@ -50,6 +59,9 @@ class Hinge:
     margin: float
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        _refuse_empty(self.weights)
+
     def __call__(
         self, rewards: Float[Tensor, "b m"], names: tuple[str, ...], prompts: Sequence[str]
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
@@ -68,6 +80,7 @@ class SoftMin:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        _refuse_empty(self.weights)
         if self.temperature <= 0:
             raise ConfigError(f"objective.temperature: SoftMin needs temperature > 0; got {self.temperature}.")
 
@@ -77,5 +90,5 @@ class SoftMin:
         weighted_rewards(rewards, names, self.weights)  # for its check of the names
         used = [k for k, name in enumerate(names) if name in self.weights]
         scaled = rewards[:, used] * rewards.new_tensor([self.weights[names[k]] for k in used])
-        smooth = torch.logsumexp(-scaled / self.temperature, dim=1) - torch.tensor(float(len(used))).log()
+        smooth = torch.logsumexp(-scaled / self.temperature, dim=1) - math.log(len(used))
         return self.temperature * smooth, -self.temperature * smooth

@@ -32,12 +32,13 @@ class ImageScore:
     def __call__(self, view: Images, sample: Sample) -> Loss:
         rewards = self._matrix(view, sample.prompts)
         valid = torch.isfinite(rewards).all(dim=1)
-        detached = rewards.detach()
+        detached = torch.where(torch.isfinite(rewards), rewards, torch.nan).detach()
         if bool(valid.all()):
             losses, direction = self.objective(rewards, tuple(self.rewards), sample.prompts)
             return Loss(losses.mean(), direction, detached, valid)
         rows = valid.nonzero().flatten()
-        value, direction = 0.0 * view.sum(), torch.zeros_like(rewards[:, 0])
+        value = view[:0].sum()  # 0 with a graph, also where the images themselves are not finite
+        direction = value.to(rewards.dtype).expand(len(valid))
         if len(rows):
             prompts = [sample.prompts[i] for i in rows.tolist()]
             losses, part = self.objective(self._matrix(view[rows], prompts), tuple(self.rewards), prompts)
