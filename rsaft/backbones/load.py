@@ -89,7 +89,8 @@ def load_backbone(
     if lora is None:
         pipe.unet.requires_grad_(True)
     else:
-        pipe.unet.to(compute)  # frozen weights may be half; the adapters below are fp32
+        if compute != master:
+            pipe.unet.to(compute)  # frozen weights may be half; the adapters below are fp32
         attach(pipe.unet, lora, seed=seed)
     if gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
