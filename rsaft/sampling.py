@@ -36,7 +36,15 @@ def ode(denoise: Denoiser, schedule: Schedule, x: Latents, *, start: int, stop: 
     """Latents at point `stop` from latents `x` at point `start`; gradient mode is the caller's.
 
     Costs stop - start denoiser calls.
+
+    Raises:
+        ValueError: if there is no such stretch of the trajectory.
     """
+    if not 0 <= start <= stop <= schedule.num_steps:
+        raise ValueError(
+            f"a stretch of a trajectory of {schedule.num_steps} steps has 0 <= start <= stop <= "
+            f"{schedule.num_steps}; got start {start} and stop {stop}."
+        )
     for i in range(start, stop):
         x_0, eps = schedule.x_0_and_eps(denoise(x, schedule.timesteps[i]), x, i)
         x = schedule.add_noise(x_0, eps, i + 1)
@@ -93,6 +101,8 @@ def sample(
         (n, 3, h, w) fp32 in [0, 1].
     """
     ids = list(range(len(prompts))) if sample_ids is None else list(sample_ids)
+    if not prompts or len(ids) != len(prompts):
+        raise ValueError(f"sample needs prompts, and one id for each; got {len(prompts)} prompts and {len(ids)} ids.")
     schedule = backbone.schedule(sampling.num_steps)
     images = []
     for first in range(0, len(prompts), batch_size):

@@ -101,6 +101,7 @@ class DRaFTRollout:
     def tail(self, prefix: State) -> Sample:
         """Final latents with a graph through the last k steps; with lv, (1 + lv) b of them, the plain ones first."""
         denoise = checkpointed(self._denoise) if self._settings.gradient_checkpointing else self._denoise
+        prefix = self.prefix(prefix)  # finishes one that was stopped early: only the last k steps carry gradient
         x_0 = ode(denoise, self._schedule, prefix.x, start=prefix.i, stop=self.num_steps)
         latents, last = [x_0], self.num_steps - 1
         for noise in self._noises:
