@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import beartype
 import pytest
 import torch
+
+# The annotations of rsaft are checked by `beartype.beartype`; as PEP 484 has it, an int is welcome as a float.
+beartype.beartype = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)

@@ -273,5 +273,6 @@ def gradient_of(value: Tensor, params: Sequence[Tensor]) -> Tensor:
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
     """max |a - b| / max |b|, where all-zero `b` counts as 1."""
+    a, b = a.detach(), b.detach()
     scale = float(b.abs().max())
     return float((a - b).abs().max()) / (scale or 1.0)
