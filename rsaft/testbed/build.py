@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,19 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from rsaft.testbed import model
+from rsaft.testbed.preferences import (
+    Pool,
+    PreferenceRecipe,
+    disjoint_sets,
+    draw_pairs,
+    evaluate_reward,
+    learn_reward,
+    standardise,
+)
+from rsaft.testbed.rewards import caption_words, load_reward, save_reward
 
 WORLDS = ("fashion", "shapes")
+REWARDS = {"train": "cnn", "cnn2": "cnn", "vit": "vit", "mixer": "mixer"}  # file name -> architecture
 SETS = {"A": 0, "B": 1}  # a set is a base and its rewards; they differ in every seed
 
 
@@ -47,6 +58,13 @@ class Recipe:
     images: int = 40_000  # training images of autoencoder and diffusion model
     autoencoder: model.AutoencoderRecipe = field(default_factory=model.AutoencoderRecipe)
     diffusion: model.DiffusionRecipe = field(default_factory=model.DiffusionRecipe)
+    preferences: PreferenceRecipe = field(default_factory=PreferenceRecipe)
+
+
+RECIPES = {
+    "fashion": Recipe(),
+    "shapes": Recipe(autoencoder=model.AutoencoderRecipe(squares=10.0)),
+}
 
 
 def open_world(name: str, out: Path, data: Path | None) -> World:
@@ -73,13 +91,11 @@ def open_world(name: str, out: Path, data: Path | None) -> World:
     bank = out / "package" / "bank.npz"
     if not bank.is_file():
         module.write_bank(bank, data=source)
-    return World(
-        **{
-            **vars(world),
-            "real": functools.partial(module.real, data=source),
-            "real_for": functools.partial(module.real_for, data=source),
-            "gold": functools.partial(module.gold, bank=bank),
-        }
+    return replace(
+        world,
+        real=functools.partial(module.real, data=source),
+        real_for=functools.partial(module.real_for, data=source),
+        gold=functools.partial(module.gold, bank=bank),
     )
 
 
@@ -90,11 +106,11 @@ def build(name: str, out: Path, *, seed: int = 0, recipe: Recipe | None = None, 
         name: one of WORLDS.
         out: any folder; a stage whose file is already there is not run again.
         seed: the set's seed; every stage draws from its own multiple of it.
-        recipe: sizes and lengths; the shipped testbed uses the default.
+        recipe: sizes and lengths; RECIPES[name] by default, which is what is shipped.
         data: folder of the IDX files (fashion only).
     """
     torch.set_num_threads(1)
-    recipe = recipe or Recipe()
+    recipe = recipe or RECIPES[name]
     stages, package = out / "stages", out / "package"
     stages.mkdir(parents=True, exist_ok=True)
     package.mkdir(exist_ok=True)
@@ -102,6 +118,8 @@ def build(name: str, out: Path, *, seed: int = 0, recipe: Recipe | None = None, 
     note = Notebook(out / "build.json")
     note.write("recipe", {"world": name, "seed": seed, **asdict(recipe)})
     build_base(world, out, seed=seed, recipe=recipe, note=note)
+    build_rewards(world, out, seed=seed, recipe=recipe, note=note)
+    (package / "build.json").write_text((out / "build.json").read_text())
     return package
 
 
@@ -122,6 +140,81 @@ def build_base(world: World, out: Path, *, seed: int, recipe: Recipe, note: "Not
             _save_half(model.build_pipeline(vae, text_encoder, unet, tokenizer), age_folder(out, step))
     pipeline = model.load_pipeline(age_folder(out, recipe.diffusion.steps))
     _save_half(pipeline, out / "package" / "pipeline")
+
+
+def build_rewards(world: World, out: Path, *, seed: int, recipe: Recipe, note: "Notebook") -> None:
+    """Preference images and the reward models learned from them, each on its own images."""
+    folder = out / "package" / "rewards"
+    if all((folder / f"{name}.safetensors").is_file() for name in REWARDS):
+        return
+    pool = _pool(world, out, seed=seed, recipe=recipe, note=note)
+    base = model.load_pipeline(out / "package" / "pipeline")
+    prompts = _spread(world.prompts_train, 480)
+    images = model.sample(base, prompts, generator=torch.Generator().manual_seed(1000 * seed + 50))
+    preferences = recipe.preferences
+    sets, held = disjoint_sets(pool, len(REWARDS), validation=preferences.validation, seed=1000 * seed + 60)
+    validation = draw_pairs(pool, held, 2000, slope=preferences.slope, seed=1000 * seed + 61)
+    note.write("label_ceiling", round(validation.ceiling, 4))
+    for number, (name, architecture) in enumerate(REWARDS.items()):
+        path = folder / f"{name}.safetensors"
+        if path.is_file():
+            continue
+        with note.timed(f"reward {name}"):
+            own = 1000 * seed + 70 + 5 * number
+            train = draw_pairs(pool, sets[number], preferences.pairs, slope=preferences.slope, seed=own)
+            reward = learn_reward(
+                architecture,
+                caption_words(world.prompts),
+                pool,
+                train,
+                validation,
+                seed=own,
+                recipe=preferences,
+                log=_say,
+            )
+            save_reward(reward, path)
+            reward = load_reward(path)  # standardise what is shipped: the rounded weights
+            standardise(reward, images, prompts)
+            save_reward(reward, path)
+        note.write(f"accuracy.{name}", round(evaluate_reward(reward, pool, validation)[1], 4))
+
+
+def _pool(world: World, out: Path, *, seed: int, recipe: Recipe, note: "Notebook") -> Pool:
+    """Images of the base at all its ages and guidances, and real images, right and near misses; judged by gold."""
+    path = out / "stages" / "pool.safetensors"
+    ages = [*recipe.diffusion.ages, recipe.diffusion.steps]
+    cells = [(age, guidance) for age in ages for guidance in recipe.preferences.guidances]
+    each, real = recipe.preferences.generated // len(cells), recipe.preferences.real // 2
+    generator = torch.Generator().manual_seed(1000 * seed + 10)
+    generated = _spread(world.prompts, each)
+    asked = _spread(world.prompts, real)
+    prompts = (*generated * len(cells), *asked, *asked)
+    if path.is_file():
+        stored = load_file(path)
+        return Pool(stored["images"], prompts, stored["gold"])
+    with note.timed("pool"):
+        images = []
+        for age, guidance in cells:
+            pipeline = model.load_pipeline(age_folder(out, age))
+            images.append(model.sample(pipeline, generated, generator=generator, guidance=guidance))
+            _say(f"pool: base of {age} steps at guidance {guidance}")
+        missed = [world.near_miss(prompt, generator) for prompt in asked]
+        images.append(world.real_for(asked, seed=1000 * seed + 11, split="train"))
+        images.append(world.real_for(missed, seed=1000 * seed + 12, split="train"))
+        everything = torch.cat(images)
+        judge = world.gold()
+        gold = torch.cat([judge(everything[i : i + 240], prompts[i : i + 240]) for i in range(0, len(prompts), 240)])
+        for number, (age, guidance) in enumerate(cells):
+            mean = gold[number * each : (number + 1) * each].mean().item()
+            note.write(f"gold.base-{age}-guidance-{guidance}", round(mean, 4))
+    pool = Pool((everything * 255).round().to(torch.uint8), prompts, gold)
+    save_file({"images": pool.images, "gold": pool.gold}, path)
+    return pool
+
+
+def _spread(prompts: Sequence[str], n: int) -> tuple[str, ...]:
+    """`n` of `prompts`, in turn."""
+    return tuple(prompts[i % len(prompts)] for i in range(n))
 
 
 def age_folder(out: Path, step: int) -> Path:

@@ -26,6 +26,7 @@ class AutoencoderRecipe:
     batch: int = 16
     lr: float = 1.5e-3
     edges: float = 1.0  # weight of the L1 error of pixel differences: keeps edges, where plain L1 blurs them
+    squares: float = 0.0  # weight of the squared error: gets small bright shapes going, which L1 alone is slow to see
     kl: float = 1e-5
     jitter: float = 0.05  # noise on the latents, in their own standard deviations, so that near latents decode alike
 
@@ -188,7 +189,8 @@ def train_autoencoder(
         noise = torch.randn(latents.mean.shape, generator=generator)
         spread = latents.mean.detach().std(dim=(0, 2, 3), keepdim=True)
         y = vae.decode(latents.mean + recipe.jitter * spread * noise).sample
-        loss = F.l1_loss(y, x) + recipe.edges * _edge_error(y, x) + recipe.kl * latents.mean.square().mean()
+        loss = F.l1_loss(y, x) + recipe.edges * _edge_error(y, x) + recipe.squares * F.mse_loss(y, x)
+        loss = loss + recipe.kl * latents.mean.square().mean()
         _update(optimizer, loss, lr)
         if step % 250 == 0 or step == recipe.steps - 1:
             log(f"autoencoder step {step} loss {loss.item():.4f} mse {F.mse_loss(y, x).item() / 4:.5f}")
