@@ -112,12 +112,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: naming the file that is missing, truncated, altered, unlisted or of another format version.
     """
-    manifest = verify(path)
-    if step_of(path) not in (None, manifest.step):
-        raise CheckpointError(
-            f"checkpoint {path}: {MANIFEST} is that of step {manifest.step}, and the folder's name must say the same; "
-            "undo the renaming, or delete the folder to resume from an earlier one."
-        )
+    manifest = verify(path, step=step_of(path))
     files = [name for name in manifest.files if "/" not in name and name.endswith(_TENSORS)]
     try:
         tensors = {name.removesuffix(_TENSORS): safetensors.torch.load_file(path / name) for name in files}
@@ -271,7 +266,7 @@ def _put_in_place(temporary: Path, final: Path, written: Manifest) -> None:
 def _same_content(final: Path, written: Manifest) -> bool:
     """Whether `final` is good and has the same tensors and state; the export follows from them."""
     try:
-        found = verify(final)
+        found = verify(final, step=step_of(final))
     except CheckpointError:
         return False
     return _content(found) == _content(written)

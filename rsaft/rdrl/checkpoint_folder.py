@@ -54,10 +54,15 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Delete what is older than `written`, but for the newest complete ones that make up `keep` with it."""
+    """Delete what is older than `written`, but for the newest complete ones that make up `keep` with it.
+
+    A damaged one goes when there are `keep` complete ones after it, and not before: it may be worth a rescue.
+    """
     found = list_checkpoints(folder)
     complete = [path for path in found if path != written and manifest_if_complete(path)]
     kept = {written, *complete[max(0, len(complete) - keep + 1) :]}
+    if len(kept) < keep:
+        return
     oldest_kept = next(i for i, path in enumerate(found) if path in kept)
     for i, path in enumerate(found[: found.index(written)]):
         if path not in kept and (path in complete or i < oldest_kept):
@@ -68,7 +73,8 @@ def delete(path: Path) -> None:
     """Delete a folder; renamed first, so that half a deletion is never taken for a checkpoint."""
     doomed = path if path.name.startswith(TEMPORARY) else path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        path.rename(doomed)
+        if doomed != path:
+            path.rename(doomed)
         shutil.rmtree(doomed)
     except OSError as error:
         warnings.warn(

@@ -43,10 +43,18 @@ def seal(folder: Path, *, step: int, mode_of: str) -> Manifest:
     """Sync every file of `folder`, write `manifest.json` over them, and sync the folders.
 
     Every file gets the permissions of the file `mode_of`: some writers make theirs unreadable for others.
+
+    Raises:
+        CheckpointError: if there is a symbolic link.
     """
     mode = (folder / mode_of).stat().st_mode & 0o777
     files: dict[str, Entry] = {}
     for name in _names(folder):
+        if (folder / name).is_symlink():
+            raise CheckpointError(
+                f"checkpoint {folder}: the export wrote {name} as a link, and a checkpoint holds plain files only; "
+                "let it copy the file."
+            )
         (folder / name).chmod(mode)
         files[name] = Entry(*_digest(folder / name, sync=True))
     manifest = Manifest(step, files)
@@ -99,13 +107,19 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(body["step"], {name: Entry(**entry) for name, entry in body["files"].items()})
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, step: int | None) -> Manifest:
     """The manifest, once every file was found to agree with it. Cost: reads every file.
+
+    Args:
+        folder: the checkpoint.
+        step: the step that the folder's name says; None if it says none.
 
     Raises:
         CheckpointError: naming the first file that is missing, truncated, altered or not listed.
     """
     manifest = read_manifest(folder)
+    if step not in (None, manifest.step):
+        raise _damaged(folder, MANIFEST, f"is that of step {manifest.step}, and the folder's name must say the same")
     try:
         found = set(_names(folder)) - {MANIFEST}
         for name, entry in manifest.files.items():

@@ -110,7 +110,7 @@ class JsonLines:
         kept = b"" if resume_step is None else _kept_lines(path, old, resume_step)
         if kept != old or not path.exists():
             _write_atomic(path, kept)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.
@@ -121,22 +121,33 @@ class JsonLines:
         """
         if not isinstance(record.get("step"), int):
             raise ValueError(f"a record has a whole number as 'step'; got {record.get('step')!r}.")
-        try:
-            self._file.write((json.dumps(_finite(record), sort_keys=True) + "\n").encode())
-            self._file.flush()
-        except OSError as error:
-            raise RunDirectoryError(
-                f"{self._path}: record of step {record['step']} could not be written ({error.strerror}); the "
-                "checkpoints are intact: free some space and run the same command again."
-            ) from error
+        line = (json.dumps(_finite(record), sort_keys=True) + "\n").encode()
+        with self._errors_reported():
+            while line:  # unbuffered, so a full disk may take a part of it
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
-        """Make all records durable; call it before a checkpoint is written."""
-        os.fsync(self._file.fileno())
+        """Make all records durable; call it before a checkpoint is written.
+
+        Raises:
+            RunDirectoryError: if the disk is full.
+        """
+        with self._errors_reported():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; closing it twice does no harm."""
         self._file.close()
+
+    @contextmanager
+    def _errors_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{self._path}: a record could not be written ({error.strerror}); the checkpoints are intact: free "
+                "some space and run the same command again."
+            ) from error
 
 
 def _kept_lines(path: Path, old: bytes, resume_step: int) -> bytes:
@@ -151,8 +162,8 @@ def _step_of(path: Path, index: int, line: bytes) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         raise RunDirectoryError(
-            f"{path}, line {index + 1}: it is no record with a step, so the file is damaged; restore it from a copy, or "
-            "move it away to go on without the earlier records."
+            f"{path}, line {index + 1}: it is no record with a step, so the file is damaged; restore it from a copy, "
+            "or move it away to go on without the earlier records."
         ) from None
 
 
