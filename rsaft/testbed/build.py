@@ -63,7 +63,7 @@ class Recipe:
 
 RECIPES = {
     "fashion": Recipe(),
-    "shapes": Recipe(autoencoder=model.AutoencoderRecipe(squares=10.0)),
+    "shapes": Recipe(autoencoder=model.AutoencoderRecipe(steps=1500, edges=0.0, squares=10.0)),
 }
 
 

@@ -26,7 +26,9 @@ class AutoencoderRecipe:
     batch: int = 16
     lr: float = 1.5e-3
     edges: float = 1.0  # weight of the L1 error of pixel differences: keeps edges, where plain L1 blurs them
-    squares: float = 0.0  # weight of the squared error: gets small bright shapes going, which L1 alone is slow to see
+    squares: float = (
+        0.0  # weight of the squared error of pixels and their differences: sees small shapes, as L1 does not
+    )
     kl: float = 1e-5
     jitter: float = 0.05  # noise on the latents, in their own standard deviations, so that near latents decode alike
 
@@ -189,7 +191,7 @@ def train_autoencoder(
         noise = torch.randn(latents.mean.shape, generator=generator)
         spread = latents.mean.detach().std(dim=(0, 2, 3), keepdim=True)
         y = vae.decode(latents.mean + recipe.jitter * spread * noise).sample
-        loss = F.l1_loss(y, x) + recipe.edges * _edge_error(y, x) + recipe.squares * F.mse_loss(y, x)
+        loss = F.l1_loss(y, x) + recipe.edges * _edge_error(y, x) + recipe.squares * _squared_error(y, x)
         loss = loss + recipe.kl * latents.mean.square().mean()
         _update(optimizer, loss, lr)
         if step % 250 == 0 or step == recipe.steps - 1:
@@ -280,6 +282,11 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
 
 def _edge_error(y: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+
+
+def _squared_error(y: Tensor, x: Tensor) -> Tensor:
+    error = y - x
+    return error.square().mean() + 0.5 * (error.diff(dim=-1).square().mean() + error.diff(dim=-2).square().mean())
 
 
 def _to_model_range(images: Tensor) -> Tensor:
