@@ -61,11 +61,13 @@ def load(name: str, *, lora: LoRA | None = None, base: Path | None = None, rewar
     base, rewards = Path(base or DATA / name / "pipeline"), Path(rewards or DATA / name / "rewards")
     _require(base / "model_index.json")
     _require(rewards / "train.safetensors")
+    backbone = load_backbone(str(base), lora=lora, dtype="fp32")
+    learned = {path.stem: load_reward(path).to(backbone.device) for path in sorted(rewards.glob("*.safetensors"))}
     return Testbed(
         name=name,
-        backbone=load_backbone(str(base), lora=lora, dtype="fp32"),
-        reward=load_reward(rewards / "train.safetensors"),
-        held_out={p.stem: load_reward(p) for p in sorted(rewards.glob("*.safetensors")) if p.stem != "train"},
+        backbone=backbone,
+        reward=learned.pop("train"),
+        held_out=learned,
         gold=world.gold(),
         prompts_train=world.PROMPTS_TRAIN,
         prompts_eval=world.PROMPTS_EVAL,
