@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,7 +52,8 @@ def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
     pipe.save_lora_weights(
         folder, unet_lora_layers=state, weight_name=LORA_FILE, **_collate_lora_metadata({"unet": pipe.unet})
     )
-    pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_VERIFY)
+    with _quiet():
+        pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_VERIFY)
     try:
         pipe.unet.set_adapter(_VERIFY)
         return _probe(backbone)
@@ -60,13 +65,27 @@ def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
 def _full_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
     network = backbone.network
     network.save_pretrained(folder / "unet", safe_serialization=True)
-    reloaded = type(network).from_pretrained(folder, subfolder="unet", torch_dtype=next(network.parameters()).dtype)
+    reloaded = type(network).from_pretrained(folder, subfolder="unet", dtype=next(network.parameters()).dtype)
     trained = backbone.network
     try:
         backbone.network = reloaded.to(backbone.device).eval()
         return _probe(backbone)
     finally:
         backbone.network = trained
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notes of diffusers and peft on what is meant here: no text encoder keys, a second adapter."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @torch.no_grad()

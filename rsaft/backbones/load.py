@@ -75,7 +75,7 @@ def load_backbone(
     master = torch.float64 if compute == torch.float64 else torch.float32
     pipe = StableDiffusionPipeline.from_pretrained(
         str(path_or_id),
-        torch_dtype=master,
+        dtype=master,
         revision=revision,
         variant=variant,
         local_files_only=local_files_only,

@@ -276,16 +276,19 @@ class Trainer:
             if isinstance(self._step_state, KeptEps):
                 tensors["step"] = {str(i): e for i, e in enumerate(self._step_state.eps)}
                 state["eps_age"] = self._step_state.age
-            with self.optimization.averaged():
-                save_checkpoint(
-                    self.run_dir / "checkpoints",
-                    step=done,
-                    tensors=tensors,
-                    state=state,
-                    keep=self.config.keep,
-                    export=lambda folder: export_weights(self.backbone, folder),
-                )
+            save_checkpoint(
+                self.run_dir / "checkpoints",
+                step=done,
+                tensors=tensors,
+                state=state,
+                keep=self.config.keep,
+                export=self._export,
+            )
         distributed.barrier()
+
+    def _export(self, folder: Path) -> None:
+        with self.optimization.averaged():
+            export_weights(self.backbone, folder)
 
     def _restore(self) -> int | None:
         """Load the newest good checkpoint; the number of updates it holds, None if there is no checkpoint."""
