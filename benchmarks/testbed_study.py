@@ -1,0 +1,172 @@
+"""What RSA-FT does on the frozen testbed: one JSON a cell (world, method, seed); finished cells are skipped.
+
+    python benchmarks/testbed_study.py --world fashion --methods plain weight-0.1 --seeds 0 1 2 3 4 --out runs/study
+    python benchmarks/testbed_tables.py runs/study                     # tables and plots of what is finished
+
+Several processes may share one --out: a cell is claimed by its lock file. Every cell trains with DRaFT-1, full
+fine-tuning, the settings of `SETTINGS`, and is evaluated on the same prompts and noises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.controls import RandomPerturbation
+from rsaft import testbed
+from rsaft.errors import RunDirectoryError
+from rsaft.flatten import RSAFT
+from rsaft.rdrl import DRaFT, WeightedSum, plain_step
+from rsaft.rdrl.loop import TrainConfig, Trainer
+from rsaft.rdrl.run_directory import locked
+from rsaft.sampling import Sampling
+from rsaft.types import Step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a world was calibrated on the plain trainer (docs/testbed.md)."""
+
+    lr: float
+    steps: int
+    batch_size: int = 16
+    num_steps: int = 10
+    eval_every: int = 20
+    eval_samples: int = 240
+    sharpness_rho: float = 0.1
+
+
+SETTINGS = {"fashion": Settings(lr=5e-5, steps=120), "shapes": Settings(lr=5e-5, steps=120)}
+
+
+def method(name: str) -> tuple[Step, float]:
+    """The step and the factor of the learning rate that a method's name stands for.
+
+    Names: plain, half-lr, weight-RHO, input-RHO, both-RHO-RHO_W, random-RHO_W, cached-RHO_W, lastM-RHO_W,
+    shareN-RHO_W (one of N samples), everyN-RHO_W.
+    """
+    kind, *numbers = name.split("-")
+    radii = [float(n) for n in numbers if n != "lr"]
+    if name == "plain":
+        return plain_step, 1.0
+    if name == "half-lr":
+        return plain_step, 0.5
+    if kind == "weight":
+        return RSAFT(0.0, radii[0], mode="weight"), 1.0
+    if kind == "input":
+        return RSAFT(radii[0], 0.0, mode="input"), 1.0
+    if kind == "both":
+        return RSAFT(radii[0], radii[1], mode="both"), 1.0
+    if kind == "random":
+        return RandomPerturbation(radii[0]), 1.0
+    if kind == "cached":
+        return RSAFT(0.0, radii[0], mode="weight", reuse="cached"), 1.0
+    if kind.startswith("last"):
+        return RSAFT(0.0, radii[0], mode="weight", reuse=int(kind[4:])), 1.0
+    if kind.startswith("share"):
+        return RSAFT(0.0, radii[0], mode="weight", eps_share=1 / int(kind[5:])), 1.0
+    if kind.startswith("every"):
+        return RSAFT(0.0, radii[0], mode="weight", eps_every=int(kind[5:])), 1.0
+    raise SystemExit(f"there is no method '{name}'; {method.__doc__}")
+
+
+def run_cell(world: str, name: str, seed: int, out: Path, base: Path | None, rewards: Path | None) -> None:
+    """Train one cell and write its JSON."""
+    result = out / world / f"{name}.seed{seed}.json"
+    if result.exists():
+        return
+    step, lr_factor = method(name)
+    s = SETTINGS[world]
+    bed = testbed.load(world, base=base, rewards=rewards)
+    config = TrainConfig(
+        steps=round(s.steps / lr_factor),
+        seed=seed,
+        batch_size=s.batch_size,
+        lr=s.lr * lr_factor,
+        eval_every=s.eval_every,
+        eval_samples=s.eval_samples,
+        sharpness_rho=s.sharpness_rho,
+        save_every=10_000,
+        keep=1,
+    )
+    run = out / world / "runs" / f"{name}.seed{seed}"
+    begun, cpu = time.monotonic(), time.process_time()
+    fitted = Trainer(
+        bed.backbone,
+        algorithm=DRaFT(k=1, sampling=Sampling(num_steps=s.num_steps, guidance=1.0)),
+        rewards={"train": bed.reward},
+        objective=WeightedSum({"train": 1.0}),
+        step=step,
+        prompts=list(bed.prompts_train),
+        eval_prompts=list(bed.prompts_eval),
+        held_out={**bed.held_out, "gold": bed.gold},
+        measures={"gold": bed.gold.parts},
+        config=config,
+        run_dir=run,
+    ).fit(resume=True)
+    timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
+    cell: dict[str, Any] = {
+        "world": world,
+        "method": name,
+        "seed": seed,
+        "evaluations": list(fitted.evaluations),
+        "gold_standard_error": gold_errors(run),
+        "update_seconds_median": sorted(timing)[len(timing) // 2],
+        "wall_seconds": time.monotonic() - begun,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+    write_whole(result, cell)
+    for checkpoint in fitted.checkpoints:  # the curves are what is kept: a UNet a cell would fill the disk
+        for file in sorted(checkpoint.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        checkpoint.rmdir()
+
+
+def gold_errors(run: Path) -> dict[str, float]:
+    """Standard error of gold's mean over samples, by step."""
+    errors = {}
+    for file in sorted((run / "samples").glob("step-*.json")):
+        record = json.loads(file.read_text())
+        gold = torch.tensor(record["scores"]["held_out/gold"], dtype=torch.float64)
+        errors[str(record["step"])] = float(gold.std() / len(gold) ** 0.5)
+    return errors
+
+
+def write_whole(path: Path, value: object) -> None:
+    """Write the JSON or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", default="fashion", choices=sorted(SETTINGS))
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--base", type=Path, help="folder of another base model (a replication set)")
+    parser.add_argument("--rewards", type=Path, help="folder of other reward models")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in args.seeds:  # seeds outermost: every method has its first seeds early
+        for name in args.methods:
+            claim = args.out / args.world / "claims" / f"{name}.seed{seed}"
+            claim.mkdir(parents=True, exist_ok=True)
+            try:
+                with locked(claim):
+                    print(f"{args.world} {name} seed {seed}", flush=True)
+                    run_cell(args.world, name, seed, args.out, args.base, args.rewards)
+            except RunDirectoryError:
+                print(f"{args.world} {name} seed {seed}: another process has it", flush=True)
+
+
+if __name__ == "__main__":
+    main()
