@@ -1,0 +1,34 @@
+# make demo: watch a reward being hacked, and RSA-FT against it.   make test: the test suite.
+# Both create .venv if it is missing and install once, with the versions of constraints.txt.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test slow lint types install clean
+
+demo: install
+	$(VENV)/bin/rsaft demo
+
+test: install
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+slow: install
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --runslow
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: install
+	$(VENV)/bin/mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
