@@ -54,6 +54,11 @@ def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
     )
     with _quiet():
         pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_VERIFY)
+    if _VERIFY not in pipe.unet.peft_config:
+        raise ExportError(
+            f"export to {folder}: diffusers finds no adapter in {LORA_FILE}; keep the run's own checkpoint and report "
+            "this."
+        )
     try:
         pipe.unet.set_adapter(_VERIFY)
         return _probe(backbone)

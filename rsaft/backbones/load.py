@@ -92,6 +92,7 @@ def load_backbone(
         if compute != master:
             pipe.unet.to(compute)  # frozen weights may be half; the adapters below are fp32
         attach(pipe.unet, lora, seed=seed)
+        pipe.unet.eval()  # peft adds its modules in training mode
     if gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.to(torch.device(device) if device is not None else default_device())

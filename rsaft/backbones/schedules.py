@@ -14,7 +14,7 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int) -> Schedule:
     """alpha_t = sqrt(alphas_cumprod[t]) on the scheduler's grid of `num_steps` timesteps.
 
     Raises:
-        ConfigError: for a prediction type without a conversion, or more steps than the network was trained with.
+        ConfigError: for a prediction type without a conversion, or more steps than there are noise levels.
     """
     kind = scheduler.config.prediction_type
     if kind not in _PREDICTIONS:
@@ -30,6 +30,11 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int) -> Schedule:
     scheduler = DDIMScheduler.from_config(scheduler.config)  # set_timesteps below changes it
     scheduler.set_timesteps(num_steps)
     timesteps = [int(t) for t in scheduler.timesteps]
+    if timesteps[0] >= scheduler.config.num_train_timesteps:
+        raise ConfigError(
+            f"num_steps: {num_steps} steps with the checkpoint's steps_offset {scheduler.config.steps_offset} start "
+            f"past its {scheduler.config.num_train_timesteps} noise levels; take fewer steps."
+        )
     cumprod = [float(scheduler.alphas_cumprod[t]) for t in timesteps]
     stride = scheduler.config.num_train_timesteps // num_steps
     last = timesteps[-1] - stride
