@@ -50,9 +50,7 @@ def normal(
         device: where the noise is put; it is drawn on the CPU.
         dtype: dtype of the result.
     """
-    draws = [
-        torch.randn(shape, generator=generator(seed, purpose, step, i), dtype=torch.float32) for i in sample_ids
-    ]
+    draws = [torch.randn(shape, generator=generator(seed, purpose, step, i), dtype=torch.float32) for i in sample_ids]
     return torch.stack(draws).to(device, dtype)
 
 
