@@ -42,7 +42,7 @@ def read_run(path: Path) -> Run:
     Raises:
         RunDirectoryError: if there is no metrics.jsonl, or a line before the last is damaged.
     """
-    records = _records(path / "metrics.jsonl")
+    records = read_records(path / "metrics.jsonl")
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
     for record in records:
         by_kind.setdefault(record.get("kind", ""), {})[int(record.get("step", 0))] = record
@@ -108,9 +108,14 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, without a last line that a kill cut off.
+
+    Raises:
+        RunDirectoryError: if the file is missing, or a line before the last is damaged.
+    """
     if not path.is_file():
-        raise RunDirectoryError(f"{path.parent} holds no metrics.jsonl, so it is no run directory; name one.")
+        raise RunDirectoryError(f"{path.parent} holds no {path.name}, so it is no run directory; name one.")
     lines = path.read_text().splitlines()
     records = []
     for i, line in enumerate(lines, start=1):

@@ -172,7 +172,10 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 lines.append(Line(slot, *curve(run.train, key), is_background=True))
             low, high = _bands(run, key) if key == GOLD else (None, None)
             lines.append(Line(slot, steps, values, low, high))
-        caption = {"reward": "thin: training batches", "sharpness": "r(x) − r(x + δ), mean over images"}
+        caption = {
+            "reward": "thin: training batches, at the weights the step uses",
+            "sharpness": "r(x) − r(x + δ), mean over images",
+        }
         note = "band: 95 % over prompts" if key == GOLD else caption.get(key.split("/")[0], "")
         charts.append(_chart(f"chart-{len(charts)}", lines, _label(key), note))
     return charts
