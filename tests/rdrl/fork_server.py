@@ -46,6 +46,10 @@ class ForkServer:
         """Wait for a process to end; its exit code, or minus the signal that killed it."""
         return int(self._ask({"wait": pid}))
 
+    def ready(self) -> None:
+        """Wait until the module is imported and prepared."""
+        self._ask({})
+
     def run(self, function: str, **arguments: Any) -> int:
         return self.wait(self.start(function, **arguments))
 
@@ -94,8 +98,10 @@ def serve(name: str, prepared: dict[str, Any] | None) -> None:
             answer = os.fork()
             if answer == 0:
                 os._exit(_child(module, request))
-        else:
+        elif "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = 0
         print(json.dumps(answer), flush=True)
 
 

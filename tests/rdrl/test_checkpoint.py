@@ -294,6 +294,28 @@ def test_arguments_that_could_not_come_back_are_refused(tmp_path, step, tensors,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_everything_is_synced_before_the_rename_and_pruning_comes_last(tmp_path, monkeypatch) -> None:
+    save(tmp_path, 1)
+    events: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        events.append(("rename", Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    save(tmp_path, 2, keep=1)
+    renamed = events.index(("rename", "step-000002"))
+    synced = {Path(path).name for kind, path in events[:renamed] if kind == "fsync"}
+    assert {Path(name).name for name in FILES} | {"adapter", f".tmp-step-000002-{os.getpid()}"} == synced
+    assert events[renamed + 1 :] == [("fsync", str(tmp_path)), ("rename", ".tmp-step-000001")]
+
+
 def test_too_little_space_is_found_before_anything_is_written(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     usage = namedtuple("usage", "total used free")(10**6, 10**6 - 1234, 1234)
