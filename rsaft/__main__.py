@@ -1,0 +1,5 @@
+"""`python -m rsaft`."""
+
+from rsaft.cli import main
+
+main()

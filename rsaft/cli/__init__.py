@@ -1,0 +1,260 @@
+"""The command line. torch and the rest are imported when a command needs them: `rsaft train --help` is immediate."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rsaft.errors import ConfigError, RsaftError
+
+if TYPE_CHECKING:
+    from rsaft.rdrl.loop import RunResult
+
+app = typer.Typer(
+    name="rsaft",
+    help="Fine-tune text-to-image models with rewards, without letting the reward be hacked.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: a usage error stays one line, and help comes a third sooner
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Settings = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]", help="A run file, any overlays on it, and any single settings."),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to put the runs and the report.")] = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of each run; the full demo by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+) -> None:
+    """Watch a reward being hacked, and RSA-FT prevent it, on a CPU."""
+    from rsaft.testbed import demo as demonstration
+
+    demonstration.main(out=out, steps=steps, threads=threads)
+
+
+@app.command()
+def train(
+    settings: Settings,
+    run: Annotated[Path | None, typer.Option(help="Run directory; the first free runs/NAME-N by default.")] = None,
+) -> None:
+    """Train a model.
+
+    For example: rsaft train configs/sd15/draft_lv.yaml configs/overlays/rsa_ft.yaml train.lr=1e-4 --run DIR
+    """
+    files, overrides = split_settings(settings)
+    from rsaft.config import build_trainer, load_config
+
+    config = load_config(files, overrides)
+    folder = run_directory(run, files[0].stem)
+    _say(f"run {folder}")
+    _finish(build_trainer(config, folder).fit())
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> None:
+    """Go on with a run from its newest good checkpoint."""
+    config = _config_of(run)
+    from rsaft.config import build_trainer
+
+    _finish(build_trainer(config, run).fit(resume=True))
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a model as in model.path.")],
+    prompts: Annotated[str, typer.Option(help="A .txt, .jsonl or .csv file, or testbed:fashion.")],
+    out: Annotated[Path, typer.Option(help="Where to put the images; an empty or new folder.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, or 50.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance weight; the run's, or 7.5.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+) -> None:
+    """Write images of a run's newest checkpoint, or of a model."""
+    refuse_filled(out, "out", "choose another folder")
+    from rsaft.cli.samples import write_samples
+
+    run = Path(source) if (Path(source) / "config.yaml").is_file() else None
+    config = _config_of(run) if run is not None else None
+    count = write_samples(
+        config, run, model=source, prompts=prompts, out=out, n=n, seed=seed, steps=steps, guidance=guidance, batch=batch
+    )
+    _say(f"{count} images in {out}, their prompts in {out / 'metadata.jsonl'}")
+
+
+@app.command()
+def show(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]", help="As for train.")
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of run files instead.")] = False,
+) -> None:
+    """Print the settings that files and overrides amount to.
+
+    Nothing of the user's own is imported.
+    """
+    import json
+
+    import yaml
+
+    from rsaft.config import json_schema, load_config, to_dict
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    files, overrides = split_settings(settings or [])
+    print(
+        yaml.safe_dump(to_dict(load_config(files, overrides)), sort_keys=False, allow_unicode=True, width=120), end=""
+    )
+
+
+@app.command("list")
+def list_types(
+    what: Annotated[str | None, typer.Argument(help="rewards, trainers, steps, objectives or commands.")] = None,
+) -> None:
+    """List what a run file can name, and the commands."""
+    from rsaft.config import TYPES
+    from rsaft.config.messages import did_you_mean
+
+    kinds = {"rewards": "reward", "trainers": "algorithm", "steps": "step", "objectives": "objective"}
+    choices = [*kinds, "commands"]
+    if what is not None and what not in choices:
+        raise ConfigError(f"list: there are no '{what}'; allowed are {', '.join(choices)}{did_you_mean(what, choices)}")
+    for name in choices if what is None else [what]:
+        print(f"{name}:")
+        entries = _commands() if name == "commands" else TYPES[kinds[name]]
+        for entry, text in entries.items():
+            print(f"  {entry:<14}{text}")
+        if name != "commands":
+            print(f"  {'MODULE:NAME':<14}your own, importable from the working directory, with args: {{...}}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories to show side by side.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; RUN/report.html by default.")] = None,
+) -> None:
+    """Write an HTML report of runs, side by side."""
+    for run in runs:
+        _check_run(run)
+    from rsaft.metrics.report import write_report
+
+    target = out if out is not None else runs[0] / "report.html"
+    write_report(runs, target, title=", ".join(run.resolve().name for run in runs))
+    _say(f"report {target}")
+
+
+def split_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The YAML files and the overrides among the arguments; what holds a `=` and is no file is an override.
+
+    Raises:
+        ConfigError: if there is no file.
+    """
+    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
+    files = [Path(a) for a in arguments if a not in overrides]
+    if not files:
+        raise ConfigError("a run file is needed: rsaft train CONFIG.yaml [overlay.yaml...] [key=value...].")
+    return files, overrides
+
+
+def run_directory(chosen: Path | None, name: str) -> Path:
+    """The run directory that was chosen, if nothing is in it; else the first free runs/NAME-N.
+
+    Raises:
+        ConfigError: if the chosen one is not empty, or if several processes would have to agree on a free one.
+    """
+    if chosen is not None:
+        refuse_filled(chosen, "run", f"continue it with 'rsaft resume {chosen}', or choose another")
+        return chosen
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("run: several processes cannot agree on a free run directory; name one with --run DIR.")
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def refuse_filled(folder: Path, option: str, way_out: str) -> None:
+    """Refuse a folder with something in it. Only the first process looks: it may be ahead of the others, and writing.
+
+    Raises:
+        ConfigError: if there is something in it, or if it is a file.
+    """
+    if _rank() > 0 or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{option}: '{folder}' is a file, and a folder is needed; choose another.")
+    if any(folder.iterdir()):
+        raise ConfigError(f"{option}: '{folder}' is not empty; {way_out}.")
+
+
+def main() -> None:
+    """Run the command line; an error that a user can cause is one sentence, and exit code 2 (settings) or 1."""
+    sys.path.append(os.getcwd())  # so that `my_rewards:Sharpness` is found where rsaft is started
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if _rank() == 0 else logging.ERROR)
+    try:
+        app()
+    except ConfigError as error:
+        _complain(error)
+        sys.exit(2)
+    except RsaftError as error:
+        _complain(error)
+        sys.exit(1)
+
+
+def _complain(error: RsaftError) -> None:
+    rank = _rank()
+    if rank == 0:
+        print(f"rsaft: {error}", file=sys.stderr)
+    elif not isinstance(error, ConfigError):  # settings are the same on every process, other troubles are not
+        print(f"rsaft, process {rank}: {error}", file=sys.stderr)
+
+
+def _finish(result: RunResult) -> None:
+    """Say where the results are; end as a process that a signal stopped, if one did."""
+    if result.signal is not None:
+        _say(f"stopped at step {result.step}; go on with: rsaft resume {result.run_dir}")
+        sys.exit(128 + result.signal)
+    _say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
+
+
+def _config_of(run: Path) -> Any:
+    from rsaft.config import load_config
+
+    _check_run(run)
+    return load_config([run / "config.yaml"], [])
+
+
+def _check_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"run '{run}': there is no run (no config.yaml) there; name a run directory.")
+
+
+def _commands() -> dict[str, str]:
+    """Each command with the first line of its help."""
+    commands = {}
+    for command in app.registered_commands:
+        if command.callback is not None:
+            name = command.name or command.callback.__name__
+            commands[name] = (command.callback.__doc__ or "").strip().partition("\n")[0]
+    return commands
+
+
+def _say(text: str) -> None:
+    if _rank() == 0:
+        print(text, flush=True)
+
+
+def _rank() -> int:
+    """This process's number as torchrun gives it; 0 outside."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,31 @@
+"""A run's settings: YAML files, overlays and `key=value` become frozen dataclasses, and those become a Trainer."""
+
+from rsaft.config.settings import (
+    TYPES,
+    Custom,
+    Model,
+    Plain,
+    Prompts,
+    RunConfig,
+    TestbedReward,
+    build_trainer,
+    json_schema,
+    load_config,
+    to_dict,
+    validate,
+)
+
+__all__ = [
+    "TYPES",
+    "Custom",
+    "Model",
+    "Plain",
+    "Prompts",
+    "RunConfig",
+    "TestbedReward",
+    "build_trainer",
+    "json_schema",
+    "load_config",
+    "to_dict",
+    "validate",
+]
