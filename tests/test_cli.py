@@ -142,13 +142,14 @@ def test_a_wrong_command_or_option_is_exit_code_2(rsaft, arguments: list[str]):
 
 def test_under_several_processes_only_the_first_speaks_of_settings(rsaft, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("rsaft.cli.HEAD_START", 0.0)
     outcome = rsaft("train", "none.yaml")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
 
 
 def test_several_processes_need_a_named_run_directory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="--run DIR"):
+    with pytest.raises(ConfigError, match="--run-dir DIR"):
         run_directory(None, "tiny")
 
 

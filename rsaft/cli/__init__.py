@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: a usage error stays one line, and help comes a third sooner
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+HEAD_START = 3.0  # seconds that the first process has to speak, before another one ends
 
 Settings = Annotated[
     list[str],
@@ -45,7 +48,10 @@ def demo(
 @app.command()
 def train(
     settings: Settings,
-    run: Annotated[Path | None, typer.Option(help="Run directory; the first free runs/NAME-N by default.")] = None,
+    run: Annotated[
+        # --run-dir because torchrun takes --run for an abbreviation of an option of its own
+        Path | None, typer.Option("--run", "--run-dir", help="Run directory; the first free runs/NAME-N by default.")
+    ] = None,
 ) -> None:
     """Train a model.
 
@@ -177,7 +183,7 @@ def run_directory(chosen: Path | None, name: str) -> Path:
         refuse_filled(chosen, "run", f"continue it with 'rsaft resume {chosen}', or choose another")
         return chosen
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("run: several processes cannot agree on a free run directory; name one with --run DIR.")
+        raise ConfigError("run: several processes cannot agree on a free run directory; name one with --run-dir DIR.")
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1
@@ -200,6 +206,7 @@ def refuse_filled(folder: Path, option: str, way_out: str) -> None:
 
 def main() -> None:
     """Run the command line; an error that a user can cause is one sentence, and exit code 2 (settings) or 1."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no word on optional packages that rsaft does without
     sys.path.append(os.getcwd())  # so that `my_rewards:Sharpness` is found where rsaft is started
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _rank() == 0 else logging.ERROR)
     try:
@@ -216,7 +223,9 @@ def _complain(error: RsaftError) -> None:
     rank = _rank()
     if rank == 0:
         print(f"rsaft: {error}", file=sys.stderr)
-    elif not isinstance(error, ConfigError):  # settings are the same on every process, other troubles are not
+    elif isinstance(error, ConfigError):  # the same on every process; torchrun ends all when the first one ends
+        time.sleep(HEAD_START)
+    else:
         print(f"rsaft, process {rank}: {error}", file=sys.stderr)
 
 
