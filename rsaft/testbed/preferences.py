@@ -22,14 +22,14 @@ class PreferenceRecipe:
     generated: int = 6400  # images by the base at several ages, half of them at each guidance
     real: int = 1600  # real images, half with their own caption and half with a near miss
     guidances: tuple[float, ...] = (1.0, 2.5)
-    pairs: int = 8000  # for each reward model; all of one caption each
+    pairs: int = 6000  # for each reward model; all of one caption each
     slope: float = 10.0  # P(a preferred to b) = sigmoid(slope (gold a - gold b))
     validation: float = 0.12  # share of the images kept for early stopping and for the reported accuracy
     batch: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.05
-    epochs: int = 12
-    patience: int = 3
+    epochs: int = 10
+    patience: int = 2
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class GatedCNN(nn.Module):
         self.head = nn.Sequential(nn.Linear(96 * 16 + 64, 128), nn.SiLU(), nn.Dropout(0.2), nn.Linear(128, 1))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # strided convolutions are twice as fast so on a CPU
         for conv, gate in zip(self.convs, self.gates, strict=True):
             scale, shift = gate(text)[..., None, None].chunk(2, dim=1)
             x = F.silu(conv(x) * (1 + scale) + shift)
@@ -75,9 +76,9 @@ class ViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, 64, 4, stride=4)
         self.places = nn.Parameter(0.02 * torch.randn(1, 65, 64))
-        layer = nn.TransformerEncoderLayer(64, 4, 192, 0.1, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(64, 4, 128, 0.0, activation="gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 1))
+        self.head = nn.Sequential(nn.LayerNorm(64), nn.Dropout(0.2), nn.Linear(64, 1))
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         tokens = torch.cat([text[:, None], self.patches(x).flatten(2).mT], dim=1)
