@@ -37,12 +37,14 @@ Settings = Annotated[
 def demo(
     out: Annotated[Path, typer.Option(help="Where to put the runs and the report.")] = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of each run; the full demo by default.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads in all; all by default.")] = None,
+    world: Annotated[str, typer.Option(help="fashion or shapes.")] = "fashion",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the demo's earlier runs in OUT first.")] = False,
 ) -> None:
     """Watch a reward being hacked, and RSA-FT prevent it, on a CPU."""
     from rsaft.testbed import demo as demonstration
 
-    demonstration.main(out=out, steps=steps, threads=threads)
+    demonstration.main(out=out, steps=steps, threads=threads, world=world, fresh=fresh)
 
 
 @app.command()

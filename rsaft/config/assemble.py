@@ -155,4 +155,7 @@ def _world(name: str) -> Any:
 def _loaded(world: str) -> Testbed:
     from rsaft import testbed
 
-    return testbed.load(world)
+    try:
+        return testbed.load(world)
+    except FileNotFoundError as error:
+        raise ConfigError(f"testbed:{world}: its data is not installed: {error}") from error
