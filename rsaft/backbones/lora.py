@@ -23,7 +23,7 @@ class LoRA:
     """
 
     rank: int = 8
-    alpha: float = 8.0  # the adapter is scaled by alpha / rank
+    alpha: float | int = 8.0  # the adapter is scaled by alpha / rank
     targets: tuple[str, ...] = ATTENTION_TARGETS  # ends of module names
     dropout: float = 0.0  # only 0: see below
 

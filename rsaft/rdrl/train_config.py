@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from rsaft.errors import ConfigError
 
@@ -18,7 +19,8 @@ class TrainConfig:
     lr: float = 2e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
-    lr_schedule: str = "constant"  # a name that diffusers.optimization.get_scheduler knows
+    # Names of diffusers.optimization.get_scheduler, stepped once an update.
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
     ema: float | None = None  # decay of the weights' moving average, which is then evaluated and exported
@@ -34,17 +36,26 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()  # names that accelerate knows, such as tensorboard
 
     def __post_init__(self) -> None:
-        at_least_one = ("batch_size", "eval_every", "eval_samples", "eval_batch", "save_every", "keep", "max_nonfinite")
-        for name in at_least_one:
+        counts = (
+            "batch_size",
+            "eval_every",
+            "eval_samples",
+            "eval_batch",
+            "save_every",
+            "keep",
+            "max_nonfinite",
+            "grid",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name} counts, so {name} >= 1; got {getattr(self, name)}.")
-        if self.steps < 0 or self.warmup_steps < 0:
-            raise ConfigError(
-                f"train.steps and train.warmup_steps count updates; got {self.steps} and {self.warmup_steps}."
-            )
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ConfigError(f"train.micro_batch counts samples, so micro_batch >= 1; got {self.micro_batch}.")
-        if self.lr <= 0:
-            raise ConfigError(f"train.lr is a step size, so lr > 0; got {self.lr}.")
+        for name in ("steps", "warmup_steps", "seed", "eval_seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is not negative; got {getattr(self, name)}.")
+        for name in ("lr", "micro_batch", "max_grad_norm", "sharpness_rho"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ConfigError(f"train.{name} is larger than 0; got {getattr(self, name)}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas are decays, so 0 <= beta < 1; got {list(self.betas)}.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"train.ema is a decay, so 0 < ema < 1; got {self.ema}.")

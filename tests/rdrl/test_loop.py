@@ -275,7 +275,7 @@ def test_prompts_may_be_a_file(tiny_sd, tmp_path):
     ("settings", "message"),
     [
         ({"batch_size": 5, "micro_batch": 2}, "must split evenly"),
-        ({"lr": 0.0}, r"train.lr is a step size"),
+        ({"lr": 0.0}, r"train.lr is larger than 0"),
         ({"keep": 0}, r"train.keep counts"),
         ({"ema": 1.0}, r"0 < ema < 1"),
     ],
