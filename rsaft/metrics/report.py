@@ -75,7 +75,7 @@ def shown(value: float | None) -> str:
     """A number for a table: three decimals, fewer where it is large, a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value != 0 and not 1e-3 <= abs(value) < 1e4:
+    if value != 0 and not 1e-5 <= abs(value) < 1e4:
         return f"{value:.2e}".replace("-", "−")
     digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
     return f"{value:.{digits}f}".replace("-", "−")
@@ -172,10 +172,7 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 lines.append(Line(slot, *curve(run.train, key), is_background=True))
             low, high = _bands(run, key) if key == GOLD else (None, None)
             lines.append(Line(slot, steps, values, low, high))
-        caption = {
-            "reward": "thin: training batches, at the weights the step uses",
-            "sharpness": "r(x) − r(x + δ), mean over images",
-        }
+        caption = {"sharpness": "r(x) − r(x + δ), mean over images"}
         note = "band: 95 % over prompts" if key == GOLD else caption.get(key.split("/")[0], "")
         charts.append(_chart(f"chart-{len(charts)}", lines, _label(key), note))
     return charts

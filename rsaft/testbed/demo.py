@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -193,21 +194,26 @@ def summarize(runs: Sequence[Run], settings_of: Mapping[str, Mapping[str, Any]])
 def results_table(summary: Mapping[str, Any]) -> Table:
     """The summary as a person reads it."""
     levels = summary["levels"][-2:]
-    table = Table(title="gold: the truth the reward stands for; it should rise with the train reward")
-    table.add_column("run")
-    heads = ["train reward", "gold start", "gold best (update)", "gold end"]
-    for head in [*heads, *(f"gold at reward {level:g}" for level in levels), "s / update", "s"]:
-        table.add_column(head, justify="right")
+    table = Table(
+        title="train reward, and gold: the truth that it stands for",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("\nrun", no_wrap=True)
+    heads = ["reward\nend", "gold\nstart", "\nbest", "at\nupdate", "\nend"]
+    for head in [*heads, *(f"at reward\n{level:g}" for level in levels), "\nseconds"]:
+        table.add_column(head, justify="right", no_wrap=True)
     for name, run in summary["runs"].items():
-        gold, reward = run["gold"], run["train_reward"]
+        gold = run["gold"]
         table.add_row(
             name,
-            f"{shown(reward['start'])} → {shown(reward['end'])}",
+            shown(run["train_reward"]["end"]),
             shown(gold["start"]),
-            f"{shown(gold['peak'])} ({gold['peak_step']})",
+            shown(gold["peak"]),
+            "–" if gold["peak_step"] is None else str(gold["peak_step"]),
             shown(gold["end"]),
             *(shown(run["gold_at_train_reward"][str(level)]) for level in levels),
-            shown(run["seconds_per_update"]),
             "–" if run["wall_seconds"] is None else f"{run['wall_seconds']:.0f}",
         )
     return table

@@ -240,7 +240,7 @@ def test_a_chart_of_nothing_is_an_empty_frame():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (float("nan"), "–"), (0.0, "0.000"), (-0.25, "−0.250"), (12.345, "12.35"), (3e-5, "3.00e−05")],
+    [(None, "–"), (float("nan"), "–"), (0.0, "0.000"), (-0.25, "−0.250"), (12.345, "12.35"), (3e-6, "3.00e−06")],
 )
 def test_numbers_are_shown_for_reading(value, text):
     assert shown(value) == text
