@@ -38,12 +38,12 @@ class Settings:
     steps: int
     batch_size: int = 16
     num_steps: int = 10
-    eval_every: int = 20
-    eval_samples: int = 240
+    eval_every: int = 15
+    eval_samples: int = 160
     sharpness_rho: float = 0.1
 
 
-SETTINGS = {"fashion": Settings(lr=5e-5, steps=120), "shapes": Settings(lr=5e-5, steps=120)}
+SETTINGS = {"fashion": Settings(lr=1e-4, steps=120), "shapes": Settings(lr=5e-5, steps=120)}
 
 
 def method(name: str) -> tuple[Step, float]:
@@ -86,7 +86,7 @@ def run_cell(world: str, name: str, seed: int, out: Path, base: Path | None, rew
     s = SETTINGS[world]
     bed = testbed.load(world, base=base, rewards=rewards)
     config = TrainConfig(
-        steps=round(s.steps / lr_factor),
+        steps=s.steps,
         seed=seed,
         batch_size=s.batch_size,
         lr=s.lr * lr_factor,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rsaft.errors import ConfigError
+
 if TYPE_CHECKING:
     from rsaft.backbones import LoRA
     from rsaft.types import Backbone
@@ -47,11 +49,11 @@ def load(name: str, *, lora: LoRA | None = None, base: Path | None = None, rewar
         rewards: folder of other reward models (`train.safetensors` and any number of held-out ones).
 
     Raises:
-        ValueError: if there is no such world.
+        ConfigError: if there is no such world.
         FileNotFoundError: if a folder does not hold what it should.
     """
     if name not in WORLDS:
-        raise ValueError(f"testbed.load: there is no world {name!r}; allowed: {', '.join(WORLDS)}.")
+        raise ConfigError(f"testbed.load: there is no world {name!r}; allowed: {', '.join(WORLDS)}.")
     import importlib
 
     from rsaft.backbones import load_backbone

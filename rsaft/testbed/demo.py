@@ -38,17 +38,17 @@ from rsaft.testbed.processes import Job, run_side_by_side
 if TYPE_CHECKING:
     from rsaft.testbed import Testbed
 
-STEPS = 100  # updates of each run
+STEPS = 120  # updates of each run
 SAMPLING = Sampling(num_steps=10, guidance=1.0)
 TRAIN = TrainConfig(
     steps=STEPS,
     seed=0,
     batch_size=16,
-    lr=5e-5,
+    lr=1e-4,
     eval_every=20,
-    eval_samples=120,
-    eval_batch=40,
-    sharpness_rho=1.0,
+    eval_samples=96,
+    eval_batch=32,
+    sharpness_rho=0.1,
     save_every=20,
     keep=1,
 )
