@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ class Settings:
     steps: int
     batch_size: int = 16
     num_steps: int = 10
-    eval_every: int = 15
+    eval_every: int = 25
     eval_samples: int = 160
     sharpness_rho: float = 0.1
 
 
-SETTINGS = {"fashion": Settings(lr=1e-4, steps=120), "shapes": Settings(lr=5e-5, steps=120)}
+SETTINGS = {"fashion": Settings(lr=5e-5, steps=200), "shapes": Settings(lr=5e-5, steps=200)}
 
 
 def method(name: str) -> tuple[Step, float]:
@@ -77,13 +77,15 @@ def method(name: str) -> tuple[Step, float]:
     raise SystemExit(f"there is no method '{name}'; {method.__doc__}")
 
 
-def run_cell(world: str, name: str, seed: int, out: Path, base: Path | None, rewards: Path | None) -> None:
+def run_cell(
+    world: str, name: str, seed: int, out: Path, base: Path | None, rewards: Path | None, lr: float | None
+) -> None:
     """Train one cell and write its JSON."""
     result = out / world / f"{name}.seed{seed}.json"
     if result.exists():
         return
     step, lr_factor = method(name)
-    s = SETTINGS[world]
+    s = replace(SETTINGS[world], lr=lr or SETTINGS[world].lr)
     bed = testbed.load(world, base=base, rewards=rewards)
     config = TrainConfig(
         steps=s.steps,
@@ -111,11 +113,14 @@ def run_cell(world: str, name: str, seed: int, out: Path, base: Path | None, rew
         config=config,
         run_dir=run,
     ).fit(resume=True)
+    if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
+        raise SystemExit(128 + fitted.signal)
     timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
     cell: dict[str, Any] = {
         "world": world,
         "method": name,
         "seed": seed,
+        "lr": s.lr * lr_factor,
         "evaluations": list(fitted.evaluations),
         "gold_standard_error": gold_errors(run),
         "update_seconds_median": sorted(timing)[len(timing) // 2],
@@ -152,6 +157,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--lr", type=float, help="another learning rate than the calibrated one")
     parser.add_argument("--base", type=Path, help="folder of another base model (a replication set)")
     parser.add_argument("--rewards", type=Path, help="folder of other reward models")
     args = parser.parse_args()
@@ -163,7 +169,7 @@ def main() -> None:
             try:
                 with locked(claim):
                     print(f"{args.world} {name} seed {seed}", flush=True)
-                    run_cell(args.world, name, seed, args.out, args.base, args.rewards)
+                    run_cell(args.world, name, seed, args.out, args.base, args.rewards, args.lr)
             except RunDirectoryError:
                 print(f"{args.world} {name} seed {seed}: another process has it", flush=True)
 
