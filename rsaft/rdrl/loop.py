@@ -100,7 +100,8 @@ class Trainer:
         self.eval_prompts = self.prompts if eval_prompts is None else _prompt_list(eval_prompts)
         self.score = ImageScore(backbone, self.rewards, objective)
         distributed.join(backbone.device)
-        self.run_dir = Path(run_dir) if run_dir is not None else _free_run_dir()
+        # Every rank names the first rank's folder, which another rank may already have made.
+        self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(_free_run_dir())[0]
         self._description = description
         self._micro_batches = _split(self.config, distributed.world_size(), distributed.rank())
         c = self.config
