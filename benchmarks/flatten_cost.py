@@ -35,25 +35,25 @@ from rsaft.types import Backbone, Batch, Reward, Step
 
 MODES: dict[str, Step] = {
     "plain": plain_step,
-    "input": RSAFT(0.1, 0.0, mode="input"),
-    "weight": RSAFT(0.0, 0.1, mode="weight"),
-    "both": RSAFT(0.1, 0.1, mode="both"),
-    "weight, cached": RSAFT(0.0, 0.1, mode="weight", reuse="cached"),
-    "weight, last 3": RSAFT(0.0, 0.1, mode="weight", reuse=3),
-    "weight, share 1/4": RSAFT(0.0, 0.1, mode="weight", eps_share=1 / 4),
-    "weight, share 1/16": RSAFT(0.0, 0.1, mode="weight", eps_share=1 / 16),
-    "weight, every 4": RSAFT(0.0, 0.1, mode="weight", eps_every=4),
+    "input": RSAFT(1.0, 0.0, mode="input"),
+    "weight": RSAFT(0.0, 0.01, mode="weight"),
+    "both": RSAFT(1.0, 0.01, mode="both"),
+    "weight, cached": RSAFT(0.0, 0.01, mode="weight", reuse="cached"),
+    "weight, last 3": RSAFT(0.0, 0.01, mode="weight", reuse=3),
+    "weight, share 1/4": RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 4),
+    "weight, share 1/16": RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16),
+    "weight, every 4": RSAFT(0.0, 0.01, mode="weight", eps_every=4),
 }
 STUDY = {  # name of the same scheme in testbed_study.py
     "plain": "plain",
-    "input": "input-0.1",
-    "weight": "weight-0.1",
-    "both": "both-0.1-0.1",
-    "weight, cached": "cached-0.1",
-    "weight, last 3": "last3-0.1",
-    "weight, share 1/4": "share4-0.1",
-    "weight, share 1/16": "share16-0.1",
-    "weight, every 4": "every4-0.1",
+    "input": "input-1",
+    "weight": "weight-0.01",
+    "both": "both-1-0.01",
+    "weight, cached": "cached-0.01",
+    "weight, last 3": "last3-0.01",
+    "weight, share 1/4": "share4-0.01",
+    "weight, share 1/16": "share16-0.01",
+    "weight, every 4": "every4-0.01",
 }
 
 
@@ -76,25 +76,25 @@ def fashion(num_steps: int, batch_size: int) -> Problem:
 
 
 def narrow_sd15(num_steps: int, batch_size: int) -> Problem:
-    """Stable Diffusion 1.5's blocks at a tenth of its width, on 32x32 latents (256x256 images)."""
+    """Stable Diffusion 1.5's blocks at a twentieth of its width, on 16x16 latents (128x128 images)."""
     tiny = testbed.load("fashion").backbone.pipe
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(32, 64, 128, 128),
+        sample_size=16,
+        block_out_channels=(16, 32, 64, 64),
         layers_per_block=2,
         cross_attention_dim=tiny.text_encoder.config.hidden_size,
-        attention_head_dim=8,
+        attention_head_dim=4,
         norm_num_groups=8,
     )
     vae = AutoencoderKL(
         latent_channels=4,
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(8, 16, 32, 32),
         layers_per_block=2,
         norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=256,
+        sample_size=128,
     )
     pipe = StableDiffusionPipeline(
         vae, tiny.text_encoder, tiny.tokenizer, unet, tiny.scheduler, None, None, requires_safety_checker=False
@@ -113,7 +113,7 @@ def narrow_sd15(num_steps: int, batch_size: int) -> Problem:
     )
     critic.requires_grad_(False).to(backbone.device)
     millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    title = f"SD1.5-shaped UNet, {millions:.1f} M parameters, 256 px, T = {num_steps}, batch {batch_size}"
+    title = f"SD1.5-shaped UNet, {millions:.1f} M parameters, 128 px, T = {num_steps}, batch {batch_size}"
     return Problem(title, backbone, lambda x, p: critic(x)[:, 0], ["a photo"], batch_size, num_steps)
 
 
@@ -204,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--study", type=Path, default=Path("benchmarks/results/rsa_ft_fashion.json"))
-    parser.add_argument("--level", type=float, default=0.4, help="train reward at which gold is compared")
+    parser.add_argument("--level", type=float, default=1.0, help="train reward at which gold is compared")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ def train(steps: int = 20, batch_size: int = 8) -> list[float]:
     optimizer = torch.optim.AdamW(params, lr=5e-5)
     algorithm = DRaFT(k=1, sampling=Sampling(num_steps=10, guidance=1.0))
     score = ImageScore(world.backbone, {"train": world.reward}, WeightedSum({"train": 1.0}))
-    step = RSAFT(rho=0.0, rho_w=0.1, mode="weight", eps_share=1 / batch_size)
+    step = RSAFT(rho=0.0, rho_w=0.01, mode="weight", eps_share=1 / batch_size)
     history = []
     for update in range(steps):
         prompts = world.prompts_train[update * batch_size % 40 :][:batch_size]

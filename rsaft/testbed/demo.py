@@ -52,7 +52,7 @@ TRAIN = TrainConfig(
     save_every=20,
     keep=1,
 )
-STEP_RULES = {"plain": None, "rsaft": RSAFT(rho=0.0, rho_w=0.1, mode="weight", eps_share=1 / 16)}
+STEP_RULES = {"plain": None, "rsaft": RSAFT(rho=0.0, rho_w=0.01, mode="weight", eps_share=1 / 16)}
 
 HEADER = "# A run of the rsaft demo.\n"  # first line of a run's config.yaml: what `fresh` may delete
 
