@@ -64,7 +64,9 @@ def load(name: str, *, lora: LoRA | None = None, base: Path | None = None, rewar
     _require(base / "model_index.json")
     _require(rewards / "train.safetensors")
     backbone = load_backbone(str(base), lora=lora, dtype="fp32")
-    learned = {path.stem: load_reward(path).to(backbone.device) for path in sorted(rewards.glob("*.safetensors"))}
+    learned: dict[str, Callable[..., Any]] = {
+        path.stem: load_reward(path).to(backbone.device) for path in sorted(rewards.glob("*.safetensors"))
+    }
     return Testbed(
         name=name,
         backbone=backbone,

@@ -10,7 +10,7 @@ import functools
 import importlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -234,7 +234,7 @@ class Notebook:
         self.path.write_text(json.dumps(self.notes, indent=1, default=str) + "\n")
 
     @contextmanager
-    def timed(self, stage: str):
+    def timed(self, stage: str) -> Iterator[None]:
         """Note the CPU minutes that the body took, as `minutes.STAGE`."""
         start = time.process_time()
         yield

@@ -32,7 +32,7 @@ BANK = Path(__file__).parent / "data" / "fashion" / "bank.npz"
 CLASS_WIDTH = (
     0.05  # of the posterior, in squared descriptor distance; near the best log-likelihood on held-out photographs
 )
-COLOUR_LIMIT = 0.2  # share of energy off the colour axis; the nearest two colours are 0.23 apart
+COLOUR_LIMIT = 0.2  # share of energy off the colour axis; the nearest two colours are 0.20 apart
 DETAIL_WIDTH = 2.0  # in standard deviations of real photographs, beyond the first one
 SPLITS = {"train": ("train", 0, 54_000), "judge": ("train", 54_000, 60_000), "test": ("t10k", 0, 10_000)}
 

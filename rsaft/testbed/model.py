@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 Log = Callable[[str], None]
+Module = TypeVar("Module", bound=nn.Module)
 MAX_TOKENS = 24
 
 
@@ -181,7 +183,8 @@ def train_autoencoder(
     images: UInt8[Tensor, "n 3 32 32"], *, seed: int, recipe: AutoencoderRecipe, log: Log
 ) -> AutoencoderKL:
     """An autoencoder trained on `images`, its latents standardised per channel over them."""
-    vae = _seeded(build_autoencoder, seed).to(memory_format=torch.channels_last)
+    vae = _seeded(build_autoencoder, seed)
+    vae.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.lr, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(seed)
     for step, lr in enumerate(_warm_cosine(recipe.lr, recipe.steps)):
@@ -196,7 +199,7 @@ def train_autoencoder(
         _update(optimizer, loss, lr)
         if step % 250 == 0 or step == recipe.steps - 1:
             log(f"autoencoder step {step} loss {loss.item():.4f} mse {F.mse_loss(y, x).item() / 4:.5f}")
-    vae = vae.to(memory_format=torch.contiguous_format).eval()
+    vae.to(memory_format=torch.contiguous_format).eval()
     _standardise_latents(vae, images[:4096])
     return vae
 
@@ -212,6 +215,7 @@ def train_diffusion(
 ) -> Iterator[tuple[int, CLIPTextModel, UNet2DConditionModel]]:
     """(step, text encoder, UNet) with EMA weights at each of the recipe's ages and at the end; eps-prediction."""
     model = _seeded(lambda: nn.ModuleList([build_text_encoder(tokenizer), build_unet()]), seed).train()
+    text_encoder, unet = model
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
@@ -226,7 +230,7 @@ def train_diffusion(
         eps = torch.randn(x_0.shape, generator=generator)
         alpha_bar = alphas[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
-        loss = F.mse_loss(model[1](x_t, t, model[0](ids).last_hidden_state).sample, eps)
+        loss = F.mse_loss(unet(x_t, t, text_encoder(ids).last_hidden_state).sample, eps)
         _update(optimizer, loss, lr)
         # A young average would still hold the random start, so its memory grows with the steps.
         decay = min(recipe.ema, (1 + step) / (10 + step))
@@ -258,7 +262,7 @@ def _standardise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     out.bias[4:] = -8.0
 
 
-def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _seeded(make: Callable[[], Module], seed: int) -> Module:
     """`make()` with initial weights fixed by `seed`; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

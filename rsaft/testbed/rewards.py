@@ -23,6 +23,9 @@ class LearnedReward(nn.Module):
     the base model's samples, so a reward of 1 is one base sigma.
     """
 
+    center: Tensor
+    spread: Tensor
+
     def __init__(self, architecture: str, words: Sequence[str]) -> None:
         super().__init__()
         if architecture not in ARCHITECTURES:
@@ -87,6 +90,8 @@ class ViT(nn.Module):
 
 class Mixer(nn.Module):
     """An MLP-mixer over 64 patches beside a soft colour histogram; the caption gates both. No convolution overlaps."""
+
+    bins: Tensor
 
     def __init__(self, width: int = 64, depth: int = 3) -> None:
         super().__init__()
