@@ -181,7 +181,7 @@ def test_a_path_counts_from_the_yaml_first_and_then_from_the_working_directory(t
         ("step.reuse", "rsample", "config.step.reuse: allowed is an integer or 'resample' or 'cached'; .*'resample'?"),
         ("step.eps_share", 2, "config.step.eps_share: .* 0 < eps_share <= 1; got 2.0."),
         ("train", 3, "config.train: a mapping is expected with the keys steps, .*; got 3."),
-        ("train.lr", -1, "config.train.lr: .* lr > 0; got -1.0."),
+        ("train.lr", -1, "config.train.lr: .* is larger than 0; got -1.0."),
         ("train.lr", ".nan", "config.train.lr: allowed is a number; got '.nan'."),
         ("train.lr", float("nan"), "config.train.lr: allowed is a finite number; got nan."),
         ("train.betas", [0.9], r"config.train.betas\[1\]: this key is missing."),

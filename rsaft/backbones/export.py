@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -49,9 +50,11 @@ def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
 
     pipe = backbone.pipe
     state = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER)
-    pipe.save_lora_weights(
-        folder, unet_lora_layers=state, weight_name=LORA_FILE, **_collate_lora_metadata({"unet": pipe.unet})
-    )
+    metadata = _collate_lora_metadata({"unet": pipe.unet})
+    for settings in metadata.values():
+        settings["target_modules"] = sorted(settings["target_modules"])  # peft keeps a set
+    pipe.save_lora_weights(folder, unet_lora_layers=state, weight_name=LORA_FILE, **metadata)
+    _sort_header(folder / LORA_FILE)
     with _quiet():
         pipe.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=_VERIFY)
     if _VERIFY not in pipe.unet.peft_config:
@@ -65,6 +68,17 @@ def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
     finally:
         pipe.unet.set_adapter(ADAPTER)
         pipe.unet.delete_adapters(_VERIFY)
+
+
+def _sort_header(path: Path) -> None:
+    """Write a safetensors file's header again with sorted keys: safetensors orders metadata at random, and the same
+    adapter is to give the same bytes.
+    """
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns the tensors behind it to 8 bytes
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
 def _full_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:

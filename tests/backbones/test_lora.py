@@ -171,3 +171,12 @@ def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message) as caught:
         LoRA(**settings)
     assert isinstance(caught.value, RsaftError)
+
+
+def test_the_same_adapter_is_exported_with_the_same_bytes(tiny_sd, tmp_path):
+    backbone = load_backbone(tiny_sd, lora=LoRA(rank=2, alpha=6.0))
+    randomize_(backbone.parameters())
+    for name in map(str, range(6)):  # safetensors alone orders its metadata at random
+        export_weights(backbone, tmp_path / name)
+    files = {(tmp_path / name / LORA_FILE).read_bytes() for name in map(str, range(6))}
+    assert len(files) == 1

@@ -98,7 +98,7 @@ def test_both_runs_start_from_the_same_images(tiny_sd, tmp_path, small):
 
 def test_a_finished_demo_is_summarized_without_training_again(tmp_path, capsys):
     ready_made(tmp_path)
-    summary = demo.main(tmp_path)
+    summary = demo.main(tmp_path, steps=100)
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     plain, flat = summary["runs"]["plain"], summary["runs"]["rsaft"]
     assert plain["gold"] == {
