@@ -63,7 +63,10 @@ class Recipe:
 
 RECIPES = {
     "fashion": Recipe(),
-    "shapes": Recipe(autoencoder=model.AutoencoderRecipe(steps=1500, edges=0.0, squares=10.0)),
+    "shapes": Recipe(
+        autoencoder=model.AutoencoderRecipe(steps=1500, edges=0.0, squares=10.0),
+        diffusion=model.DiffusionRecipe(lean=0.5),
+    ),
 }
 
 

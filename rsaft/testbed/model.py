@@ -44,6 +44,7 @@ class DiffusionRecipe:
     lr: float = 1e-3
     drop: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
     ema: float = 0.998
+    lean: float = 1.0  # t / 1000 is uniform to this power: below 1, more of the noisy steps, where the caption decides
     ages: tuple[int, ...] = (500, 1000, 2000)  # steps whose EMA weights are kept for the preference pool
 
 
@@ -226,7 +227,7 @@ def train_diffusion(
         x_0 = latents[pick]
         dropped = torch.rand(recipe.batch, generator=generator) < recipe.drop
         ids = tokens[torch.where(dropped, len(captions), pick)]
-        t = torch.randint(len(alphas), (recipe.batch,), generator=generator)
+        t = _leaning(torch.randint(len(alphas), (recipe.batch,), generator=generator), len(alphas), recipe.lean)
         eps = torch.randn(x_0.shape, generator=generator)
         alpha_bar = alphas[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
@@ -286,6 +287,11 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
 
 def _edge_error(y: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(y.diff(dim=-1), x.diff(dim=-1)) + F.l1_loss(y.diff(dim=-2), x.diff(dim=-2))
+
+
+def _leaning(t: Tensor, n: int, lean: float) -> Tensor:
+    """n (t / n)^lean, whole and below n; exactly t where `lean` is 1."""
+    return (n * (t.double() / n) ** lean).round().long().clamp(max=n - 1)
 
 
 def _squared_error(y: Tensor, x: Tensor) -> Tensor:

@@ -44,6 +44,12 @@ def blur(images, width):
     return F.avg_pool2d(F.pad(images, (width // 2,) * 4, mode="replicate"), width, 1)
 
 
+def empty():
+    """A picture (1, 3, 32, 32) of ground and light without any shape."""
+    ramp, none = shapes.LIGHT * torch.linspace(0, 1, 32), torch.zeros(32, 32)
+    return 0.12 + torch.stack([ramp.expand(32, 32), none, ramp[:, None].expand(32, 32)])[None]
+
+
 def adversarial(images):
     """A fixed high-contrast checkerboard over the picture, of the kind that reward hacking draws."""
     cells = torch.arange(32).div(2, rounding_mode="floor")
@@ -112,28 +118,29 @@ def test_near_miss_varies_every_attribute():
 def test_gold_is_high_on_real_pictures(gold, pictures):
     score = gold(*pictures)
     assert score.mean() > 0.9
-    assert score.min() > 0.75
+    assert score.min() > 0.7
 
 
 @pytest.mark.parametrize("attribute", list(shapes.ATTRIBUTES))
 def test_gold_is_low_when_one_attribute_is_wrong(gold, pictures, attribute):
     images, prompts = pictures
-    assert gold(images, misses(prompts, attribute)).mean() < 0.1
+    assert gold(images, misses(prompts, attribute)).mean() < 0.05
 
 
 @pytest.mark.parametrize(
     ("spoil", "most"),
     [
-        (lambda x: blur(x, 3), 0.75),
-        (lambda x: blur(x, 5), 0.5),
+        (lambda x: blur(x, 3), 0.7),
+        (lambda x: blur(x, 5), 0.45),
         (lambda x: (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), 0.05),
-        (lambda x: 0.16 + 0.5 * (x - 0.16), 0.55),
+        (lambda x: (x + empty()) / 2, 0.5),
+        (lambda x: empty().expand_as(x), 0.0),
         (lambda x: torch.full_like(x, 0.16), 0.0),
         (torch.zeros_like, 0.0),
         (torch.ones_like, 0.0),
         (adversarial, 0.0),
     ],
-    ids=["blur 3x3", "blur 5x5", "noise .1", "half contrast", "blank", "black", "white", "pattern"],
+    ids=["blur 3x3", "blur 5x5", "noise .1", "half contrast", "empty", "blank", "black", "white", "pattern"],
 )
 def test_gold_is_low_on_a_spoilt_picture(gold, pictures, spoil, most):
     images, prompts = pictures
@@ -143,7 +150,12 @@ def test_gold_is_low_on_a_spoilt_picture(gold, pictures, spoil, most):
 def test_gold_is_lower_on_a_captions_average_than_on_its_pictures(gold):
     prompts = list(shapes.PROMPTS[::9])
     average = torch.stack([shapes.real_for([p] * 48, seed=1, split="judge").mean(0) for p in prompts])
-    assert gold(average, prompts).mean() < 0.65
+    assert gold(average, prompts).mean() < 0.55
+
+
+def test_gold_is_zero_on_the_average_of_all_pictures(gold):
+    average = shapes.real(256, seed=2, split="judge")[0].mean(0, keepdim=True)
+    assert gold(average.expand(216, -1, -1, -1), shapes.PROMPTS).max() == 0
 
 
 def test_gold_falls_steadily_as_noise_grows(gold, pictures):
@@ -182,11 +194,11 @@ def test_a_wrong_attribute_lowers_its_own_part_only(gold, pictures, attribute):
     images, prompts = pictures
     parts = gold.parts(images, misses(prompts, attribute))
     assert parts.pop(attribute).mean() < 0.1
-    assert all(part.mean() > 0.9 for part in parts.values())
+    assert all(part.mean() > 0.88 for part in parts.values())
 
 
-def test_parts_are_all_zero_on_a_blank(gold):
-    parts = gold.parts(torch.full((2, 3, 32, 32), 0.16), list(shapes.PROMPTS[:2]))
+def test_parts_are_all_zero_without_a_shape(gold):
+    parts = gold.parts(empty(), [shapes.PROMPTS[0]])
     assert all((part == 0).all() for part in parts.values())
 
 
