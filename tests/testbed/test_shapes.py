@@ -133,7 +133,7 @@ def test_gold_is_low_when_one_attribute_is_wrong(gold, pictures, attribute):
         (lambda x: blur(x, 3), 0.7),
         (lambda x: blur(x, 5), 0.45),
         (lambda x: (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1), 0.05),
-        (lambda x: (x + empty()) / 2, 0.5),
+        (lambda x: (x + empty()) / 2, 0.55),
         (lambda x: empty().expand_as(x), 0.0),
         (lambda x: torch.full_like(x, 0.16), 0.0),
         (torch.zeros_like, 0.0),
