@@ -1,4 +1,4 @@
-"""The README's picture, from a finished demo: python benchmarks/demo_picture.py runs/demo docs/images/demo.png"""
+"""The README's picture, from a finished demo: python -m benchmarks.demo_picture runs/demo docs/images/demo.png"""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ COLOURS = {"plain": "#c0392b", "rsaft": "#2471a3"}
 
 def main(demo: Path, out: Path) -> None:
     runs = {name: read_run(demo / name) for name in TITLES}
-    figure = Figure(figsize=(12, 6.2), layout="constrained", dpi=110)
-    axes = figure.subplot_mosaic(
-        [["train", "plain0", "plain1", "plain2"], ["gold", "rsaft0", "rsaft1", "rsaft2"]], width_ratios=[1.25, 1, 1, 1]
-    )
+    figure = Figure(figsize=(10, 8.2), layout="constrained", dpi=100)
+    rows = [["train", "gold"], *([f"plain{k}", f"rsaft{k}"] for k in range(3))]
+    axes = figure.subplot_mosaic(rows, height_ratios=[2.2, 1, 1, 1])
     for name, run in runs.items():
-        for panel, key in (("train", "reward/train"), ("gold", "held_out/gold")):
+        for panel, key in (("train", "reward/proxy"), ("gold", "held_out/gold")):
             steps, values = curve(run.evals, key)
             axes[panel].plot(steps, values, color=COLOURS[name], label=TITLES[name], lw=2, marker="o", ms=3)
         steps = sorted(run.grids)
@@ -31,7 +30,6 @@ def main(demo: Path, out: Path) -> None:
             axes[f"{name}{k}"].axis("off")
     axes["train"].set_title("what is trained: the learned reward", fontsize=10)
     axes["gold"].set_title("what is wanted: the gold judge", fontsize=10)
-    axes["gold"].set_xlabel("update")
     axes["train"].legend(fontsize=8)
     for panel in ("train", "gold"):
         axes[panel].grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """What each mode of RSA-FT costs against a plain DRaFT-1 step, in one process, and what it is worth.
 
-    python benchmarks/flatten_cost.py [--repeats 3] [--study benchmarks/results/rsa_ft_fashion.json]
+    python -m benchmarks.flatten_cost [--repeats 3] [--study benchmarks/results/rsa_ft_fashion.json]
 
 Two models: the fashion testbed at T = 50, and a UNet of Stable Diffusion 1.5's shape with reduced width. Modes take
 turns, update by update, so that a busy machine slows all of them alike; the figures are medians. Peak memory is the

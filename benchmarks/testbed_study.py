@@ -1,7 +1,7 @@
 """What RSA-FT does on the frozen testbed: one JSON a cell (world, method, seed); finished cells are skipped.
 
-    python benchmarks/testbed_study.py --world fashion --methods plain weight-0.1 --seeds 0 1 2 3 4 --out runs/study
-    python benchmarks/testbed_tables.py runs/study                     # tables and plots of what is finished
+    python -m benchmarks.testbed_study --world fashion --methods plain weight-0.1 --seeds 0 1 2 3 4 --out runs/study
+    python -m benchmarks.testbed_tables runs/study                     # tables and plots of what is finished
 
 Several processes may share one --out: a cell is claimed by its lock file. Every cell trains with DRaFT-1, full
 fine-tuning, the settings of `SETTINGS`, and is evaluated on the same prompts and noises.

@@ -1,6 +1,6 @@
 """Tables of a study: gold against train reward and against steps, with paired bootstrap intervals over seeds.
 
-    python benchmarks/testbed_tables.py runs/study --world fashion --levels 0.2 0.3 0.4 0.5 0.6
+    python -m benchmarks.testbed_tables runs/study --world fashion --levels 0.2 0.3 0.4 0.5 0.6
 
 Prints Markdown, and writes it with the numbers (JSON) and a plot to --results.
 """

@@ -41,7 +41,7 @@ def demo(
     world: Annotated[str, typer.Option(help="fashion or shapes.")] = "fashion",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the demo's earlier runs in OUT first.")] = False,
 ) -> None:
-    """Watch a reward being hacked, and RSA-FT prevent it, on a CPU."""
+    """Watch a reward being hacked, plain and with RSA-FT, on a CPU."""
     from rsaft.testbed import demo as demonstration
 
     demonstration.main(out=out, steps=steps, threads=threads, world=world, fresh=fresh)
