@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from rsaft.config import TYPES, Custom, json_schema, load_config, to_dict, validate
 from rsaft.config.assemble import component, load_prompts
 from rsaft.config.files import merged, parse_overrides
-from rsaft.config.settings import load_type
+from rsaft.config.settings import Plain, load_type
 from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, Hinge, WeightedSum
@@ -74,9 +75,9 @@ def test_sections_become_the_dataclasses_beside_the_code():
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_shipped_run_validates_alone_and_under_every_overlay(path: Path):
-    load_config([path])
+    assert isinstance(load_config([path]).step, Plain)
     for overlay in OVERLAYS:
-        load_config([path, overlay])
+        assert isinstance(load_config([path, overlay]).step, RSAFT)
 
 
 def test_draft_lv_has_the_settings_of_the_paper():
@@ -240,7 +241,8 @@ def test_an_override_that_is_none_is_refused(overrides: list[str]):
 def test_showing_a_config_imports_none_of_the_users_code(tmp_path: Path, monkeypatch):
     write(tmp_path / "trap.py", "raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    to_dict(validate(changed("rewards.mine.type", "trap:Name")))
+    assert to_dict(validate(changed("rewards.mine.type", "trap:Name")))["rewards"]["mine"]["type"] == "trap:Name"
+    assert "trap" not in sys.modules
 
 
 OWN = """

@@ -154,9 +154,8 @@ def test_a_run_that_has_just_begun_has_a_report(lines, tmp_path, write_run, two_
     for file in (young / "samples").iterdir():
         if lines == 0 or int(file.stem.removeprefix("step-")) > 0:
             file.unlink()
-    page_of([young], tmp_path)
-    page_of([young, two_runs[0]], tmp_path)
-    page_of([two_runs[0], young], tmp_path)
+    for runs in ([young], [young, two_runs[0]], [two_runs[0], young]):
+        assert all(run.name in page_of(runs, tmp_path).text for run in runs)
 
 
 def test_a_run_directory_with_nothing_but_its_records_has_a_report(tmp_path, write_run):
