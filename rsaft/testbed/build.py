@@ -65,7 +65,7 @@ RECIPES = {
     "fashion": Recipe(),
     "shapes": Recipe(
         autoencoder=model.AutoencoderRecipe(steps=1500, edges=0.0, squares=10.0),
-        diffusion=model.DiffusionRecipe(lean=0.5),
+        diffusion=model.DiffusionRecipe(prediction="v_prediction"),
     ),
 }
 
@@ -140,7 +140,8 @@ def build_base(world: World, out: Path, *, seed: int, recipe: Recipe, note: "Not
         for step, text_encoder, unet in model.train_diffusion(
             latents, captions, tokenizer, seed=1000 * seed + 3, recipe=recipe.diffusion, log=_say
         ):
-            _save_half(model.build_pipeline(vae, text_encoder, unet, tokenizer), age_folder(out, step))
+            pipeline = model.build_pipeline(vae, text_encoder, unet, tokenizer, recipe.diffusion.prediction)
+            _save_half(pipeline, age_folder(out, step))
     pipeline = model.load_pipeline(age_folder(out, recipe.diffusion.steps))
     _save_half(pipeline, out / "package" / "pipeline")
 

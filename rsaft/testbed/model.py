@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 Log = Callable[[str], None]
 Module = TypeVar("Module", bound=nn.Module)
+Prediction = Literal["epsilon", "v_prediction"]
 MAX_TOKENS = 24
 
 
@@ -46,6 +47,7 @@ class DiffusionRecipe:
     ema: float = 0.998
     lean: float = 1.0  # t / 1000 is uniform to this power: below 1, more of the noisy steps, where the caption decides
     ages: tuple[int, ...] = (500, 1000, 2000)  # steps whose EMA weights are kept for the preference pool
+    prediction: Prediction = "epsilon"  # v weighs the noisy steps, which place things, up to 200 times more
 
 
 def build_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
@@ -115,7 +117,7 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
+def build_scheduler(prediction: Prediction = "epsilon") -> DDIMScheduler:
     """DDIM on Stable Diffusion 1.5's noise schedule."""
     return DDIMScheduler(
         beta_start=0.00085,
@@ -124,11 +126,16 @@ def build_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        prediction_type=prediction,
     )
 
 
 def build_pipeline(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    tokenizer: CLIPTokenizer,
+    prediction: Prediction = "epsilon",
 ) -> StableDiffusionPipeline:
     """The parts as one diffusers pipeline, without safety checker, in eval mode."""
     pipeline = StableDiffusionPipeline(
@@ -136,7 +143,7 @@ def build_pipeline(
         text_encoder=text_encoder.eval(),
         unet=unet.eval(),
         tokenizer=tokenizer,
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(prediction),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -214,7 +221,7 @@ def train_diffusion(
     recipe: DiffusionRecipe,
     log: Log,
 ) -> Iterator[tuple[int, CLIPTextModel, UNet2DConditionModel]]:
-    """(step, text encoder, UNet) with EMA weights at each of the recipe's ages and at the end; eps-prediction."""
+    """(step, text encoder, UNet) with EMA weights at each of the recipe's ages and at the end."""
     model = _seeded(lambda: nn.ModuleList([build_text_encoder(tokenizer), build_unet()]), seed).train()
     text_encoder, unet = model
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -231,7 +238,8 @@ def train_diffusion(
         eps = torch.randn(x_0.shape, generator=generator)
         alpha_bar = alphas[t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
-        loss = F.mse_loss(unet(x_t, t, text_encoder(ids).last_hidden_state).sample, eps)
+        target = prediction_target(recipe.prediction, x_0, eps, alpha_bar)
+        loss = F.mse_loss(unet(x_t, t, text_encoder(ids).last_hidden_state).sample, target)
         _update(optimizer, loss, lr)
         # A young average would still hold the random start, so its memory grows with the steps.
         decay = min(recipe.ema, (1 + step) / (10 + step))
@@ -240,6 +248,16 @@ def train_diffusion(
             log(f"diffusion step {step} loss {loss.item():.4f}")
         if step in recipe.ages or step == recipe.steps:
             yield step, copy.deepcopy(average[0]), copy.deepcopy(average[1])
+
+
+def prediction_target(
+    prediction: Prediction,
+    x_0: Float[Tensor, "b c h w"],
+    eps: Float[Tensor, "b c h w"],
+    alpha_bar: Float[Tensor, "b 1 1 1"],
+) -> Float[Tensor, "b c h w"]:
+    """What the network learns to say: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+    return eps if prediction == "epsilon" else alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
 
 
 @torch.no_grad()

@@ -85,3 +85,17 @@ def test_diffusion_training_yields_each_age_and_the_end():
     assert [age for age, _, _ in ages] == [2, 3]
     first, last = (next(unet.parameters()) for _, _, unet in ages)
     assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_training_target_is_what_diffusers_samplers_read(prediction):
+    source = torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=source)
+    t = torch.tensor([11, 501, 991])
+    scheduler = model.build_scheduler(prediction)
+    scheduler.set_timesteps(100)
+    x_t = scheduler.add_noise(x_0, eps, t)
+    target = model.prediction_target(prediction, x_0, eps, scheduler.alphas_cumprod[t].double().view(-1, 1, 1, 1))
+    for i, step in enumerate(t.tolist()):  # the scheduler's own reading of a perfect network's output
+        found = scheduler.step(target[i], step, x_t[i]).pred_original_sample
+        torch.testing.assert_close(found, x_0[i], atol=1e-5, rtol=0)  # diffusers keeps alphas_cumprod in float32
