@@ -9,113 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rsaft.backbones.decode import to_images
 from rsaft.backbones.schedules import flow_schedule
 from rsaft.randomness import generator
 from rsaft.schedules import Schedule
+from rsaft.testbed.tiny import Prediction, TinyFamily, tiny_pipeline
 from rsaft.types import Batch, Denoiser, Images, Latents
 
-MAX_TOKENS = 12
 PROMPTS = ("a cat", "two red dogs", "rain", "a very small house on a hill")
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer over bytes alone, without merges: needs no file."""
-    symbols = list(bytes_to_unicode().values())
-    pieces = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=MAX_TOKENS)
-
-
-def tiny_sd_pipeline(prediction_type: str = "epsilon", *, seed: int = 0) -> StableDiffusionPipeline:
-    """Stable Diffusion with 4x8x8 latents, 16x16 images and random weights; Stable Diffusion 1.5's noise levels.
-
-    Args:
-        prediction_type: diffusers' name, "epsilon" or "v_prediction".
-        seed: of the weights.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tokenizer = tiny_tokenizer()
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                projection_dim=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            cross_attention_dim=16,
-            norm_num_groups=4,
-            attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )
-        vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            sample_size=16,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            mid_block_add_attention=False,
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_sd_folder(path: Path, prediction_type: str = "epsilon", *, seed: int = 0) -> Path:
-    """Save `tiny_sd_pipeline` in `path`, from where `rsaft.load_backbone` loads it; returns `path`.
+def tiny_sd_folder(path: Path, prediction_type: Prediction = "epsilon", *, seed: int = 0) -> Path:
+    """Save a tiny Stable Diffusion in `path`, from where `rsaft.load_backbone` loads it; returns `path`.
 
     The session fixtures `tiny_sd` and `tiny_sd_v` are such folders, made once.
     """
-    tiny_sd_pipeline(prediction_type, seed=seed).save_pretrained(path)
+    return tiny_folder(path, "sd", seed=seed, prediction_type=prediction_type)
+
+
+def tiny_folder(path: Path, family: TinyFamily, *, seed: int = 0, prediction_type: Prediction = "epsilon") -> Path:
+    """Save `tiny_pipeline` of a family in `path`; returns `path`."""
+    tiny_pipeline(family, seed=seed, prediction_type=prediction_type).save_pretrained(path)
     return path
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from rsaft.backbones.lora import ADAPTER
-from rsaft.backbones.stable_diffusion import StableDiffusion
+from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.errors import ExportError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _VERIFY = "rsaft_verify"
 
 
-def export_weights(backbone: StableDiffusion, folder: Path) -> float:
+def export_weights(backbone: DiffusersBackbone, folder: Path) -> float:
     """Write the trained weights into `folder`, load them back with diffusers, and compare the network's outputs.
 
     LoRA: `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`; the adapter's metadata goes into
@@ -44,7 +44,7 @@ def export_weights(backbone: StableDiffusion, folder: Path) -> float:
     return difference
 
 
-def _lora_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
+def _lora_round_trip(backbone: DiffusersBackbone, folder: Path) -> torch.Tensor:
     from diffusers.training_utils import _collate_lora_metadata
     from peft import get_peft_model_state_dict
 
@@ -81,7 +81,7 @@ def _sort_header(path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
 
 
-def _full_round_trip(backbone: StableDiffusion, folder: Path) -> torch.Tensor:
+def _full_round_trip(backbone: DiffusersBackbone, folder: Path) -> torch.Tensor:
     network = backbone.network
     network.save_pretrained(folder / "unet", safe_serialization=True)
     reloaded = type(network).from_pretrained(folder, subfolder="unet", dtype=next(network.parameters()).dtype)
@@ -108,8 +108,8 @@ def _quiet() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _probe(backbone: StableDiffusion) -> torch.Tensor:
-    """The denoiser's output on a fixed input."""
+def _probe(backbone: DiffusersBackbone) -> torch.Tensor:
+    """The denoiser's output on a fixed input; the empty prompt, because a prompt cache always holds it."""
     noise = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(0))
-    denoise = backbone.denoiser(["a probe"], guidance=1.0, detach_unconditional=False)
+    denoise = backbone.denoiser([""], guidance=1.0, detach_unconditional=False)
     return denoise(noise.to(backbone.device, backbone.dtype), 500.0)

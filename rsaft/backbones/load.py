@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from rsaft.backbones.family import Family
+from rsaft.backbones.flux import FLUX
 from rsaft.backbones.lora import LoRA, attach
-from rsaft.backbones.stable_diffusion import StableDiffusion
+from rsaft.backbones.pipeline import DiffusersBackbone
+from rsaft.backbones.sd3 import SD3
+from rsaft.backbones.sdxl import SDXL
+from rsaft.backbones.stable_diffusion import STABLE_DIFFUSION
 from rsaft.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
+FAMILIES = (STABLE_DIFFUSION, SDXL, SD3, FLUX)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-SUPPORTED = ("StableDiffusionPipeline",)
 
 
 def default_device() -> torch.device:
@@ -36,64 +45,178 @@ def load_backbone(
     local_files_only: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
-) -> StableDiffusion:
-    """A Backbone from a diffusers folder or hub id.
+    resolution: int | tuple[int, int] | None = None,
+    negative_prompt: str | None = None,
+    max_sequence_length: int | None = None,
+    prompt_cache: str | os.PathLike[str] | None = None,
+    vae_dtype: Precision | None = None,
+    vae_slicing: bool = False,
+    vae_tiling: bool = False,
+    vae_checkpointing: bool = False,
+    compile: bool = False,
+) -> DiffusersBackbone:
+    """A Backbone from a diffusers folder or hub id: Stable Diffusion 1.x, 2.x, XL, 3, 3.5, or Flux.1.
 
     Args:
         path_or_id: a folder with `model_index.json`, or a hub id.
         lora: adapters to train; None trains the whole denoiser.
-        dtype: precision of the denoiser's arithmetic. Trainable tensors, latents and images are fp32 all the same
-            (fp64 computes everything in float64, for tests of the maths).
+        dtype: precision of the denoiser's arithmetic and of the text encoders. Trainable tensors, latents and images
+            are fp32 all the same (fp64 computes everything in float64, for tests of the maths).
         device: where to put it; the GPU if there is one.
         revision, variant, local_files_only: as in diffusers.
         gradient_checkpointing: recompute the denoiser's blocks in the backward pass (diffusers' own, non-reentrant).
         seed: of the adapter's initial values.
+        resolution: height and width of images in pixels, one number for a square; the checkpoint's own by default.
+        negative_prompt: text of guidance's unconditional branch. None: the empty text, or zeros where the checkpoint
+            was trained so (SDXL).
+        max_sequence_length: tokens that T5 reads (SD3: 256 by default, Flux: 512); CLIP always reads 77.
+        prompt_cache: folder where encoded prompts are kept; see `DiffusersBackbone.drop_text_encoders`.
+        vae_dtype: precision of the decoder; fp32 by default, whatever `dtype` is.
+        vae_slicing, vae_tiling: decode image by image, or tile by tile (diffusers' own; tiles change the image).
+        vae_checkpointing: recompute the decoder's blocks in the backward pass.
+        compile: `torch.compile` the denoiser.
 
     Raises:
-        ConfigError: if there is no such pipeline, or its family is not supported.
+        ConfigError: if there is no such pipeline, its family is not supported, or a setting does not fit it.
     """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    compute = _dtype_of(dtype, "dtype")
+    master = torch.promote_types(compute, torch.float32)
+    vae = master if vae_dtype is None else _dtype_of(vae_dtype, "vae_dtype")
+    family = _family_of(str(path_or_id), revision, local_files_only)
+    _check(family, max_sequence_length, negative_prompt)
+    dtypes = dict.fromkeys(family.text_encoders, compute)
+    dtypes |= {family.network: master if lora is None else compute, "vae": vae, "default": master}
+    pipe = _load(str(path_or_id), family, dtypes, revision, variant, local_files_only)
+    if vae == torch.float16 and family.vae_overflows and pipe.vae.config.force_upcast:
+        raise ConfigError(
+            f"vae_dtype: the VAE of '{path_or_id}' overflows in fp16; leave vae_dtype out, which keeps it in fp32, or "
+            "use a checkpoint whose VAE was made for fp16 (its config says force_upcast: false)."
+        )
+    lora = None if lora is None else replace(lora, targets=lora.targets or family.lora_targets)
+    network = getattr(pipe, family.network)
+    _freeze(pipe, family)
+    _make_trainable(network, lora, seed=seed)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    _set_up_decoder(pipe.vae, slicing=vae_slicing, tiling=vae_tiling, checkpointing=vae_checkpointing)
+    pipe.to(torch.device(device) if device is not None else default_device())
+    if compile:
+        network.compile()
+    return DiffusersBackbone(
+        pipe,
+        family,
+        lora=lora,
+        source=str(path_or_id),
+        compute_dtype=compute,
+        resolution=(resolution, resolution) if isinstance(resolution, int) else resolution,
+        negative_prompt=negative_prompt,
+        max_sequence_length=max_sequence_length,
+        prompt_cache=None if prompt_cache is None else Path(prompt_cache),
+    )
 
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype: found '{dtype}', allowed are {sorted(_DTYPES)}.")
+
+def _dtype_of(name: str, setting: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ConfigError(f"{setting}: found '{name}', allowed are {sorted(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _family_of(source: str, revision: str | None, local_files_only: bool) -> Family:
+    """The family that the pipeline's `model_index.json` names."""
+    from diffusers import DiffusionPipeline
+
     try:
         index = DiffusionPipeline.load_config(
-            str(path_or_id), revision=revision, local_files_only=local_files_only or Path(path_or_id).exists()
+            source, revision=revision, local_files_only=local_files_only or Path(source).exists()
         )
     except OSError as error:
         raise ConfigError(
-            f"model '{path_or_id}': no diffusers pipeline (model_index.json) was found there or on the hub; "
+            f"model '{source}': no diffusers pipeline (model_index.json) was found there or on the hub; "
             "give a folder saved with save_pretrained, or a hub id."
         ) from error
-    family = index["_class_name"]
-    if family not in SUPPORTED:
-        raise ConfigError(
-            f"model '{path_or_id}': its pipeline is a {family}, and supported are {list(SUPPORTED)}; "
-            "convert the checkpoint, or implement the Backbone Protocol for it."
-        )
-    compute = _DTYPES[dtype]
-    master = torch.float64 if compute == torch.float64 else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(
-        str(path_or_id),
-        dtype=master,
-        revision=revision,
-        variant=variant,
-        local_files_only=local_files_only,
-        safety_checker=None,
-        requires_safety_checker=False,
+    for family in FAMILIES:
+        if family.pipeline == index["_class_name"]:
+            return family
+    raise ConfigError(
+        f"model '{source}': its pipeline is a {index['_class_name']}, and supported are "
+        f"{[family.pipeline for family in FAMILIES]}; convert the checkpoint, or implement the Backbone Protocol for "
+        "it."
     )
+
+
+def _check(family: Family, max_sequence_length: int | None, negative_prompt: str | None) -> None:
+    """Settings that mean something to some families only."""
+    if max_sequence_length is not None and family.name not in ("sd3", "flux"):
+        raise ConfigError(
+            f"max_sequence_length is T5's, and {family.pipeline} has none; leave it out: CLIP reads 77 tokens."
+        )
+    if max_sequence_length is not None and not 1 <= max_sequence_length <= 512:
+        raise ConfigError(f"max_sequence_length counts T5's tokens, 1 to 512; got {max_sequence_length}.")
+    if negative_prompt is not None and not family.classifier_free:
+        raise ConfigError(f"negative_prompt: {family.pipeline} has no unconditional branch; leave it out.")
+
+
+def _load(
+    source: str,
+    family: Family,
+    dtypes: dict[str, torch.dtype],
+    revision: str | None,
+    variant: str | None,
+    local_files_only: bool,
+) -> Any:
+    import diffusers
+
+    with _silent_bars():
+        pipe = getattr(diffusers, family.pipeline).from_pretrained(
+            source,
+            dtype=dtypes,
+            revision=revision,
+            variant=variant,
+            local_files_only=local_files_only,
+            **family.load_args,
+        )
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False)
-        part.eval()
+    return pipe
+
+
+@contextmanager
+def _silent_bars() -> Iterator[None]:
+    """Without the bars of diffusers and transformers, and diffusers' note on an argument that it passes to itself."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def _freeze(pipe: Any, family: Family) -> None:
+    for name in (*family.text_encoders, family.network, "vae"):
+        part = getattr(pipe, name)
+        if part is not None:  # SD3 without its T5
+            part.requires_grad_(False)
+            part.eval()
+
+
+def _make_trainable(network: Any, lora: LoRA | None, *, seed: int) -> None:
     if lora is None:
-        pipe.unet.requires_grad_(True)
+        network.requires_grad_(True)
     else:
-        if compute != master:
-            pipe.unet.to(compute)  # frozen weights may be half; the adapters below are fp32
-        attach(pipe.unet, lora, seed=seed)
-        pipe.unet.eval()  # peft adds its modules in training mode
-    if gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    pipe.to(torch.device(device) if device is not None else default_device())
-    return StableDiffusion(pipe, lora=lora, compute_dtype=compute, source=str(path_or_id))
+        attach(network, lora, seed=seed)
+        network.eval()  # peft adds its modules in training mode
+
+
+def _set_up_decoder(vae: Any, *, slicing: bool, tiling: bool, checkpointing: bool) -> None:
+    if slicing:
+        vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
+    if checkpointing:
+        vae.enable_gradient_checkpointing()

@@ -12,19 +12,17 @@ from rsaft.errors import ConfigError
 
 ADAPTER = "default"
 
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters on the denoiser's attention: W + (alpha / rank) B A.
+    """Low-rank adapters on the denoiser, by default on its attention: W + (alpha / rank) B A.
 
     Cost: 2 * rank * width trainable values a layer, kept in fp32 whatever the network's dtype.
     """
 
     rank: int = 8
     alpha: float | int = 8.0  # the adapter is scaled by alpha / rank
-    targets: tuple[str, ...] = ATTENTION_TARGETS  # ends of module names
+    targets: tuple[str, ...] | None = None  # ends of module names; null takes the attention of the model's family
     dropout: float = 0.0  # only 0: see below
 
     def __post_init__(self) -> None:
@@ -44,21 +42,23 @@ def attach(network: Any, lora: LoRA, *, seed: int) -> None:
 
     Args:
         network: a diffusers model.
-        lora: the adapter's settings.
+        lora: the adapter's settings, targets included.
         seed: of the adapter's initial A (B starts at 0).
 
     Raises:
-        ConfigError: if no module matches `lora.targets`.
+        ConfigError: if no module matches one of `lora.targets`.
     """
     from peft import LoraConfig
 
+    targets = list(lora.targets or ())
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not any(name == t or name.endswith("." + t) for name in linear for t in lora.targets):
+    unmatched = [t for t in targets if not any(name == t or name.endswith("." + t) for name in linear)]
+    if unmatched or not targets:
         ends = sorted(
             {name.rsplit(".", 1)[-1] if not name[-1].isdigit() else ".".join(name.split(".")[-2:]) for name in linear}
         )
         raise ConfigError(
-            f"lora.targets: no linear layer ends in one of {list(lora.targets)}; this network's layers end in {ends}."
+            f"lora.targets: no linear layer ends in one of {unmatched}; this network's layers end in {ends}."
         )
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -67,7 +67,7 @@ def attach(network: Any, lora: LoRA, *, seed: int) -> None:
             LoraConfig(
                 r=lora.rank,
                 lora_alpha=lora.alpha,
-                target_modules=list(lora.targets),
+                target_modules=targets,
                 lora_dropout=0.0,
                 init_lora_weights="gaussian",
             ),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from rsaft.errors import ConfigError
@@ -10,13 +13,17 @@ from rsaft.schedules import Prediction, Schedule
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v"}
 
 
-def ddim_schedule(scheduler: DDIMScheduler, num_steps: int) -> Schedule:
-    """alpha_t = sqrt(alphas_cumprod[t]) on the scheduler's grid of `num_steps` timesteps.
+def ddim_schedule(scheduler: Any, num_steps: int) -> Schedule:
+    """alpha_t = sqrt(alphas_cumprod[t]) on DDIM's grid of `num_steps` timesteps.
+
+    Args:
+        scheduler: any diffusers scheduler with a beta schedule; its noise levels and spacing are taken.
+        num_steps: steps of the trajectory.
 
     Raises:
         ConfigError: for a prediction type without a conversion, or more steps than there are noise levels.
     """
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type")
     if kind not in _PREDICTIONS:
         raise ConfigError(
             f"scheduler.prediction_type: found '{kind}', and the sampler converts {sorted(_PREDICTIONS)}; "
@@ -47,20 +54,45 @@ def ddim_schedule(scheduler: DDIMScheduler, num_steps: int) -> Schedule:
     )
 
 
-def flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, *, mu: float | None = None) -> Schedule:
+def flow_schedule(
+    scheduler: Any, num_steps: int, *, mu: float | None = None, sigmas: Sequence[float] | None = None
+) -> Schedule:
     """sigma_t on the scheduler's grid, alpha_t = 1 - sigma_t.
 
     Args:
         scheduler: its shift decides the grid.
         num_steps: steps of the trajectory.
         mu: the resolution-dependent shift, for schedulers with dynamic shifting.
+        sigmas: the grid before the shift; the scheduler's own by default.
+
+    Raises:
+        ConfigError: for a scheduler that is not of the flow-matching kind.
     """
+    name = type(scheduler).__name__
+    if not name.startswith("FlowMatch"):
+        raise ConfigError(
+            f"scheduler: found {name}, and a flow model is sampled on the grid of FlowMatchEulerDiscreteScheduler; "
+            "give the checkpoint one of that kind."
+        )
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    scheduler.set_timesteps(num_steps, mu=mu)
-    sigmas = tuple(float(s) for s in scheduler.sigmas)
+    scheduler.set_timesteps(num_steps, mu=mu, sigmas=None if sigmas is None else list(sigmas))
+    points = tuple(float(s) for s in scheduler.sigmas)
     return Schedule(
-        alphas=tuple(1 - s for s in sigmas),
-        sigmas=sigmas,
+        alphas=tuple(1 - s for s in points),
+        sigmas=points,
         timesteps=tuple(float(t) for t in scheduler.timesteps),
         prediction="flow",
     )
+
+
+def resolution_shift(scheduler: Any, tokens: int) -> float | None:
+    """mu, linear in the number of image tokens (Esser et al., 2024, section 5.3.2; diffusers' `calculate_shift`).
+
+    None for a scheduler whose shift does not depend on the resolution.
+    """
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting", False):
+        return None
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (top - base) * (tokens - low) / (high - low)

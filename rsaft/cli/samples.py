@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from rsaft.backbones.stable_diffusion import StableDiffusion
+from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.config import Custom, Model, RunConfig
 from rsaft.config.assemble import load_model, load_prompts
 from rsaft.rdrl.loop import load_trained
@@ -71,7 +71,7 @@ def write_samples(
 
 
 def _images(
-    backbone: StableDiffusion, prompts: Sequence[str], sampling: Sampling, *, seed: int, first: int
+    backbone: DiffusersBackbone, prompts: Sequence[str], sampling: Sampling, *, seed: int, first: int
 ) -> list[Image.Image]:
     ids = list(range(first, first + len(prompts)))
     images = sample_images(backbone, prompts, sampling, seed=seed, sample_ids=ids, batch_size=len(prompts))

@@ -18,7 +18,7 @@ from rsaft.errors import ConfigError
 from rsaft.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from rsaft.backbones.stable_diffusion import StableDiffusion
+    from rsaft.backbones.pipeline import DiffusersBackbone
     from rsaft.rdrl.loop import Trainer
     from rsaft.testbed import Testbed
 
@@ -51,7 +51,7 @@ def trainer(config: RunConfig, run: Path) -> Trainer:
     )
 
 
-def load_model(model: Model, *, seed: int) -> StableDiffusion:
+def load_model(model: Model, *, seed: int) -> DiffusersBackbone:
     """The backbone of a config's section `model`; `seed` is of the adapter's initial values.
 
     Raises:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from rsaft import distributed
 from rsaft.backbones.export import export_weights
-from rsaft.backbones.stable_diffusion import StableDiffusion
+from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.errors import CheckpointError, ConfigError, NonFiniteError
 from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.metrics.evaluate import Measure, evaluate, joined
@@ -56,7 +56,7 @@ class Trainer:
 
     def __init__(
         self,
-        backbone: StableDiffusion,
+        backbone: DiffusersBackbone,
         *,
         algorithm: Algorithm,
         rewards: Mapping[str, Reward],
@@ -331,7 +331,7 @@ def best_step(evaluations: Sequence[Mapping[str, float]]) -> int:
     return int(max(evaluations, key=mean_of)["step"]) if evaluations else 0
 
 
-def load_trained(backbone: StableDiffusion, run_dir: Path) -> int:
+def load_trained(backbone: DiffusersBackbone, run_dir: Path) -> int:
     """Put the newest checkpoint's weights (its moving average, if it has one) into a backbone of the same settings.
 
     Returns:

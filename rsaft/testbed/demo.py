@@ -119,7 +119,7 @@ def settings(name: str, world: str, steps: int) -> dict[str, Any]:
 def train_one(testbed: Testbed, name: str, run_dir: Path, steps: int) -> RunResult:
     """Train one of STEP_RULES in this process, from its newest checkpoint if it has one."""
     trainer = Trainer(
-        testbed.backbone,  # type: ignore[arg-type]  # the testbed's backbone is a StableDiffusion
+        testbed.backbone,  # type: ignore[arg-type]  # the testbed's backbone is a DiffusersBackbone
         algorithm=DRaFT(k=1, sampling=SAMPLING),
         rewards={"proxy": testbed.reward},
         objective=WeightedSum({"proxy": 1.0}),

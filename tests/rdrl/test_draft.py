@@ -67,7 +67,9 @@ def _without_grad(backbone):
 
 def _reference_gradient(backbone, kind, batch, *, k, lv, guidance):
     """The reference's own network calls, guidance and decoding: only the noise is drawn by rsaft."""
-    cond, uncond = backbone.encode(batch.prompts), backbone.encode([""] * len(batch.prompts))
+    cond, uncond = (backbone.encode(p) for p in (batch.prompts, [""] * len(batch.prompts)))
+    if kind != "flow":
+        cond, uncond = cond.text, uncond.text
     draw = partial(
         normal,
         backbone.latent_shape,
