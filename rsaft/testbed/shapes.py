@@ -130,10 +130,10 @@ def _draw(prompts: Sequence[str], generator: torch.Generator) -> Tensor:
 
 
 def _light() -> Tensor:
-    """The fixed light (3, 32, 32) over every picture.
+    """The fixed light (3, 32, 32) over every picture: each place has a look of its own.
 
-    It gives each place a look of its own. A first base, trained without it, learned every attribute but position; that
-    the light mends this is a hypothesis that no trained base has tested yet.
+    Meant to help a base learn position. What did that was v-prediction (docs/testbed.md); the light's own share was not
+    measured.
     """
     ramp = LIGHT * torch.linspace(0, 1, PIXELS)
     return torch.stack([ramp.expand(PIXELS, -1), torch.zeros(PIXELS, PIXELS), ramp[:, None].expand(-1, PIXELS)])
