@@ -24,8 +24,9 @@ from rsaft import testbed
 from rsaft.errors import RunDirectoryError
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, WeightedSum, plain_step
-from rsaft.rdrl.loop import TrainConfig, Trainer
+from rsaft.rdrl.loop import Trainer
 from rsaft.rdrl.run_directory import locked
+from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
 from rsaft.types import Step
 

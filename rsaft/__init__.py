@@ -14,8 +14,8 @@ _HOMES = {
     "load_backbone": "rsaft.backbones",
     "LoRA": "rsaft.backbones",
     "Trainer": "rsaft.rdrl.loop",
-    "TrainConfig": "rsaft.rdrl.loop",
-    "RunResult": "rsaft.rdrl.loop",
+    "TrainConfig": "rsaft.rdrl.train_config",
+    "RunResult": "rsaft.rdrl.run_result",
     "Sampling": "rsaft.sampling",
     "sample": "rsaft.sampling",
 }

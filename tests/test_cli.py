@@ -13,7 +13,7 @@ from PIL import Image
 
 from rsaft.cli import _finish, main, run_directory, split_settings
 from rsaft.errors import ConfigError
-from rsaft.rdrl.loop import RunResult
+from rsaft.rdrl.run_result import RunResult
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "matplotlib", "scipy", "PIL")

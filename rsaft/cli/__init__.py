@@ -14,7 +14,7 @@ import typer
 from rsaft.errors import ConfigError, RsaftError
 
 if TYPE_CHECKING:
-    from rsaft.rdrl.loop import RunResult
+    from rsaft.rdrl.run_result import RunResult
 
 app = typer.Typer(
     name="rsaft",
@@ -186,10 +186,9 @@ def run_directory(chosen: Path | None, name: str) -> Path:
         return chosen
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("run: several processes cannot agree on a free run directory; name one with --run-dir DIR.")
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+    from rsaft.rdrl.run_directory import free_run_dir
+
+    return free_run_dir(name)
 
 
 def refuse_filled(folder: Path, option: str, way_out: str) -> None:

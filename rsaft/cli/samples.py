@@ -12,7 +12,7 @@ from PIL import Image
 from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.config import Custom, Model, RunConfig
 from rsaft.config.assemble import load_model, load_prompts
-from rsaft.rdrl.loop import load_trained
+from rsaft.rdrl.trained import load_trained
 from rsaft.sampling import Sampling
 from rsaft.sampling import sample as sample_images
 

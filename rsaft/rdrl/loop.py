@@ -11,12 +11,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from rsaft import distributed
 from rsaft.backbones.export import export_weights
@@ -25,30 +21,19 @@ from rsaft.errors import CheckpointError, ConfigError, NonFiniteError
 from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.metrics.evaluate import Measure, evaluate, joined
 from rsaft.metrics.report import write_report
-from rsaft.prompts import read_prompts
-from rsaft.randomness import prompt_rows
+from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list
 from rsaft.rdrl.checkpoint import list_checkpoints, load_latest, save_checkpoint
 from rsaft.rdrl.model_card import write_model_card
-from rsaft.rdrl.optimization import Optimization, load_weights
+from rsaft.rdrl.optimization import Optimization
 from rsaft.rdrl.progress import ProgressLine
-from rsaft.rdrl.run_directory import locked
+from rsaft.rdrl.run_directory import free_run_dir, locked
 from rsaft.rdrl.run_files import RunFiles, Trackers
+from rsaft.rdrl.run_result import RunResult, best_step
 from rsaft.rdrl.score import ImageScore, plain_step
 from rsaft.rdrl.signals import StopRequest
 from rsaft.rdrl.train_config import TrainConfig
-from rsaft.types import Algorithm, Batch, Objective, Reward, Step, StepOutput
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What `Trainer.fit` leaves behind."""
-
-    run_dir: Path
-    step: int  # updates done
-    best_step: int  # evaluation with the best mean held-out reward (train reward, if nothing is held out)
-    evaluations: tuple[dict[str, float], ...]  # means of each evaluation, with its "step"
-    checkpoints: tuple[Path, ...]
-    signal: int | None = None  # the signal that stopped the run, if one did
+from rsaft.rdrl.update_record import nonfinite_sentence, update_record
+from rsaft.types import Algorithm, Objective, Reward, Step
 
 
 class Trainer:
@@ -96,14 +81,14 @@ class Trainer:
         if not self.rewards:
             raise ConfigError("rewards: there is none to train on; name at least one.")
         self.step = step
-        self.prompts = _prompt_list(prompts)
-        self.eval_prompts = self.prompts if eval_prompts is None else _prompt_list(eval_prompts)
+        self.prompts = prompt_list(prompts)
+        self.eval_prompts = self.prompts if eval_prompts is None else prompt_list(eval_prompts)
         self.score = ImageScore(backbone, self.rewards, objective)
         distributed.join(backbone.device)
         # Every rank names the first rank's folder, which another rank may already have made.
-        self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(_free_run_dir())[0]
+        self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(free_run_dir("run"))[0]
         self._description = description
-        self._micro_batches = _split(self.config, distributed.world_size(), distributed.rank())
+        self._parts = micro_batch_ids(self.config, world=distributed.world_size(), rank=distributed.rank())
         c = self.config
         self.optimization = Optimization(
             backbone.parameters(),
@@ -131,61 +116,51 @@ class Trainer:
             NonFiniteError: if no update was possible for `max_nonfinite` steps in a row.
         """
         main = distributed.rank() == 0
-        if main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
         with locked(self.run_dir) if main else nullcontext(), StopRequest() as stop:
-            done = self._restore() if resume else None
-            files = RunFiles(self.run_dir, done, self._description, resume=resume) if main else None
-            done = done or 0
-            trackers = Trackers(self.config.trackers, self.run_dir)
-            signal = None
-            with ProgressLine(done=done, total=self.config.steps, visible=main, label=self.run_dir.name) as line:
-                while True:
-                    due = done % self.config.eval_every == 0 or done == self.config.steps
-                    if due and not (self._evaluations and self._evaluations[-1]["step"] == done):
-                        means = self._evaluate(done, files)
-                        trackers.log(means, done)
-                        line.evaluated(means)
-                    signal = _agreed(stop.signal)
-                    finished = done == self.config.steps
-                    if done and (done % self.config.save_every == 0 or finished or signal is not None):
-                        self._save(done, files)
-                    if finished or signal is not None:
-                        break
-                    record = self._update(done, files)
-                    done += 1
-                    line.show(done, record)
-                    trackers.log(record, done)
-            trackers.close()
+            restored = self._restore() if resume else None
+            files = RunFiles(self.run_dir, restored, self._description, resume=resume) if main else None
+            done, signal = self._train(restored or 0, files, stop)
             result = self._result(done, signal)
             if files is not None:
                 files.close()
-                write_report([self.run_dir], self.run_dir / "report.html", title=self.run_dir.name)
-                write_model_card(
-                    self.run_dir,
-                    source=self.backbone.source,
-                    evaluations=self._evaluations,
-                    step=done,
-                    best=result.best_step,
-                    is_lora=self.backbone.lora is not None,
-                )
+                self._describe(result)
             distributed.barrier()
         return result
+
+    def _train(self, done: int, files: RunFiles | None, stop: StopRequest) -> tuple[int, int | None]:
+        """Updates, evaluations and checkpoints until all updates are done or a signal came: (updates done, signal)."""
+        c = self.config
+        trackers = Trackers(c.trackers, self.run_dir)
+        with ProgressLine(done=done, total=c.steps, visible=files is not None, label=self.run_dir.name) as line:
+            while True:
+                finished = done == c.steps
+                evaluated = bool(self._evaluations) and self._evaluations[-1]["step"] == done  # before it was resumed
+                if (done % c.eval_every == 0 or finished) and not evaluated:
+                    means = self._evaluate(done, files)
+                    trackers.log(means, done)
+                    line.evaluated(means)
+                signal = _agreed(stop.signal)
+                if done and (done % c.save_every == 0 or finished or signal is not None):
+                    self._save(done, files)
+                if finished or signal is not None:
+                    break
+                record = self._update(done, files)
+                done += 1
+                line.show(done, record)
+                trackers.log(record, done)
+        trackers.close()
+        return done, signal
 
     def _update(self, done: int, files: RunFiles | None) -> dict[str, Any]:
         """One update of the weights, from prompts to the optimizer; its record."""
         begun = time.monotonic()
         c = self.config
-        rows = prompt_rows(len(self.prompts), seed=c.seed, step=done, batch_size=c.batch_size)
-        rollouts = [
-            self.algorithm.rollout(
-                self.backbone, Batch(tuple(self.prompts[rows[i]] for i in ids), tuple(ids), step=done, seed=c.seed)
-            )
-            for ids in self._micro_batches
-        ]
+        batches = batches_of(done, prompts=self.prompts, seed=c.seed, batch_size=c.batch_size, parts=self._parts)
+        rollouts = [self.algorithm.rollout(self.backbone, batch) for batch in batches]
         self.optimization.clear()
         output = self.step(rollouts, self.score, self.optimization.params, self._step_state)
-        record, share = self._record(output, done + 1)
+        names = list(self.rewards)
+        record, share = update_record(output, names, step=done + 1, device=self.backbone.device)
         gradients = self.optimization.gradients()
         distributed.sum_(gradients)
         for g in gradients:  # the mean over ranks, and over the samples that were not masked
@@ -203,39 +178,8 @@ class Trainer:
             files.metrics.write(record)
             files.timing.write({"step": done + 1, "seconds": time.monotonic() - begun})
         if self._nonfinite_in_a_row >= c.max_nonfinite:
-            self._stop_nonfinite(output, rollouts, done)
+            raise NonFiniteError(nonfinite_sentence(output, names, batches[0], in_a_row=self._nonfinite_in_a_row))
         return record
-
-    def _record(self, output: StepOutput, step: int) -> tuple[dict[str, Any], float]:
-        """Means over the global batch, and the share of its samples that were not masked."""
-        names = list(self.rewards)
-        sums = torch.zeros(3 + len(names), dtype=torch.float64)
-        for loss in output.losses:
-            good = torch.where(loss.valid[:, None], loss.rewards, 0.0)
-            sums[0] += len(loss.valid)
-            sums[1] += int(loss.valid.sum())
-            sums[2] += float(loss.value) * len(loss.valid)
-            sums[3:] += good.sum(dim=0).double().cpu()
-        logs = torch.tensor(list(output.logs.values()), dtype=torch.float64) / distributed.world_size()
-        device = self.backbone.device if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
-        both = torch.cat([sums, logs]).to(device)
-        distributed.sum_([both])
-        total, valid, loss_sum, *rest = both.tolist()
-        record: dict[str, Any] = {"kind": "train", "step": step, "loss": loss_sum / max(valid, 1)}
-        record |= {f"reward/{name}": value / valid if valid else None for name, value in zip(names, rest, strict=False)}
-        record |= {"nonfinite/reward": int(total - valid)}
-        record |= dict(zip(output.logs, rest[len(names) :], strict=True))
-        return record, valid / total
-
-    def _stop_nonfinite(self, output: StepOutput, rollouts: Sequence[Any], done: int) -> None:
-        values = torch.cat([loss.rewards for loss in output.losses])
-        bad = [n for k, n in enumerate(self.rewards) if not bool(torch.isfinite(values[:, k]).all())]
-        prompts = [p for r in rollouts for p in r.batch.prompts]
-        raise NonFiniteError(
-            f"step {done + 1}: no finite gradient for {self._nonfinite_in_a_row} updates in a row (rewards that are "
-            f"not finite: {bad or 'none, so the gradient itself'}; first prompt '{prompts[0]}'); the weights are those "
-            "of the last good update; lower the learning rate, or look at that reward."
-        )
 
     def _evaluate(self, done: int, files: RunFiles | None) -> dict[str, float]:
         """Score fixed prompts and noises with the averaged weights; log, and save the grid."""
@@ -313,6 +257,18 @@ class Trainer:
         self._evaluations = list(found.state["evaluations"])
         return found.step
 
+    def _describe(self, result: RunResult) -> None:
+        """Write what people read of the run: the report and the model card."""
+        write_report([self.run_dir], self.run_dir / "report.html", title=self.run_dir.name)
+        write_model_card(
+            self.run_dir,
+            source=self.backbone.source,
+            evaluations=self._evaluations,
+            step=result.step,
+            best=result.best_step,
+            is_lora=self.backbone.lora is not None,
+        )
+
     def _result(self, done: int, signal: int | None) -> RunResult:
         checkpoints = tuple(list_checkpoints(self.run_dir / "checkpoints"))
         return RunResult(
@@ -320,61 +276,7 @@ class Trainer:
         )
 
 
-def best_step(evaluations: Sequence[Mapping[str, float]]) -> int:
-    """Step of the evaluation with the best mean held-out reward, or train reward if nothing is held out."""
-
-    def mean_of(means: Mapping[str, float]) -> float:
-        values = [v for k, v in means.items() if k.startswith("held_out/")]
-        values = values or [v for k, v in means.items() if k.startswith("reward/")]
-        return math.fsum(values) / len(values) if values else -math.inf
-
-    return int(max(evaluations, key=mean_of)["step"]) if evaluations else 0
-
-
-def load_trained(backbone: DiffusersBackbone, run_dir: Path) -> int:
-    """Put the newest checkpoint's weights (its moving average, if it has one) into a backbone of the same settings.
-
-    Returns:
-        The number of updates that the checkpoint holds.
-
-    Raises:
-        CheckpointError: if there is no good checkpoint, or it is of another model.
-    """
-    found = load_latest(run_dir / "checkpoints")
-    if found is None:
-        raise CheckpointError(f"{run_dir}: there is no checkpoint yet; train it, or name another run.")
-    load_weights(backbone.parameters(), found.tensors.get("ema", found.tensors["weights"]))
-    return found.step
-
-
 def _agreed(signal: int | None) -> int | None:
     """The largest signal that any rank received, so that all stop at the same step."""
     numbers = [s for s in distributed.gathered(signal) if s is not None]
     return max(numbers, default=None)
-
-
-def _prompt_list(prompts: Sequence[str] | str | os.PathLike[str]) -> list[str]:
-    if isinstance(prompts, str | os.PathLike):
-        return list(read_prompts(Path(prompts)).prompts)
-    if not prompts:
-        raise ConfigError("prompts: the list is empty; give at least one prompt.")
-    return list(prompts)
-
-
-def _free_run_dir() -> Path:
-    number = 1
-    while (path := Path("runs") / f"run-{number}").exists():
-        number += 1
-    return path
-
-
-def _split(config: TrainConfig, world: int, rank: int) -> list[range]:
-    """Sample ids of this rank's micro-batches: equal parts, so that a mean of means is the mean."""
-    size, per = config.batch_size, config.batch_size // world
-    micro = config.micro_batch or per
-    if size % world or per % micro:
-        raise ConfigError(
-            f"train.batch_size: {size} samples must split evenly over {world} processes and then into micro-batches of "
-            f"{micro}; choose a multiple of {world * micro}."
-        )
-    return [range(first, first + micro) for first in range(rank * per, (rank + 1) * per, micro)]

@@ -22,6 +22,14 @@ from rsaft.rdrl.manifest import fsync_directory
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "pillow")
 
 
+def free_run_dir(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2, ... that does not exist; it is not made."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Hold a run directory, made if missing, for this process alone; however the process ends, it is free again.

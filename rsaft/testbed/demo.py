@@ -29,8 +29,9 @@ from rsaft.metrics import at_matched_reward, common_levels, write_report
 from rsaft.metrics.records import GOLD, Run, curve, read_records, read_run, train_reward
 from rsaft.metrics.report import shown
 from rsaft.rdrl import DRaFT, WeightedSum, plain_step
-from rsaft.rdrl.loop import RunResult, Trainer
+from rsaft.rdrl.loop import Trainer
 from rsaft.rdrl.run_directory import write_json_atomic
+from rsaft.rdrl.run_result import RunResult
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
 from rsaft.testbed.processes import Job, run_side_by_side

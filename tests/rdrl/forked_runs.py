@@ -12,7 +12,8 @@ import torch
 import rsaft
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, WeightedSum, loop
-from rsaft.rdrl.loop import TrainConfig, Trainer
+from rsaft.rdrl.loop import Trainer
+from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
 from tests.helpers import PROMPTS, toy_reward
 from tests.rdrl.disk_faults import at_disk_calls, killed_at

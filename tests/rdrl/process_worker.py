@@ -10,7 +10,8 @@ import rsaft
 from rsaft import distributed
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, WeightedSum, plain_step
-from rsaft.rdrl.loop import TrainConfig, Trainer
+from rsaft.rdrl.loop import Trainer
+from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
 from tests.helpers import PROMPTS, toy_reward
 

@@ -14,7 +14,9 @@ import rsaft
 from rsaft.errors import CheckpointError, ConfigError, NonFiniteError, RunDirectoryError
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, WeightedSum, plain_step
-from rsaft.rdrl.loop import TrainConfig, Trainer, load_trained
+from rsaft.rdrl.loop import Trainer
+from rsaft.rdrl.train_config import TrainConfig
+from rsaft.rdrl.trained import load_trained
 from rsaft.sampling import Sampling
 from tests.helpers import PROMPTS, toy_reward
 
@@ -174,7 +176,7 @@ def test_a_lora_checkpoint_gives_the_trained_model_in_a_fresh_pipeline(trainer, 
     fresh = StableDiffusionPipeline.from_pretrained(tiny_sd)
     fresh.load_lora_weights(str(result.checkpoints[-1] / "adapter"), weight_name="pytorch_lora_weights.safetensors")
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = run.backbone.encode(["a cat", "rain"])
+    text = run.backbone.encode(["a cat", "rain"]).text
     with torch.no_grad():
         assert torch.equal(
             fresh.unet(x, 10, encoder_hidden_states=text).sample,

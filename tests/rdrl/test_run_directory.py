@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rsaft.errors import RunDirectoryError
-from rsaft.rdrl.run_directory import JsonLines, environment, locked, write_json_atomic
+from rsaft.rdrl.run_directory import JsonLines, environment, free_run_dir, locked, write_json_atomic
 from tests.rdrl.fork_server import ForkServer
 
 
@@ -133,3 +133,13 @@ def test_a_full_disk_is_one_sentence_and_its_half_line_is_dropped_on_resume(serv
     assert path.read_bytes() == b'{"step": 1}\n{"step":'[:20]
     JsonLines(path, 5).close()
     assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_the_free_run_directory_is_the_first_that_does_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/tiny-1").mkdir(parents=True)
+    Path("runs/tiny-3").mkdir()
+    assert free_run_dir("tiny") == Path("runs/tiny-2")
+    assert free_run_dir("other") == Path("runs/other-1")
