@@ -68,6 +68,7 @@ class Family:
     classifier_free: bool = True  # False: guidance is an input of the network, and there is no unconditional branch
     zero_unconditional: Callable[[Any], bool] = lambda pipe: False  # without a negative prompt: zeros, or the text ""
     vae_overflows: bool = False  # in fp16, unless the VAE's config says force_upcast: false
+    optional: tuple[str, ...] = ()  # parts of the pipeline that a checkpoint may lack
     load_args: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline's from_pretrained
 
 

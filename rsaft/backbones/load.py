@@ -81,27 +81,20 @@ def load_backbone(
     """
     compute = _dtype_of(dtype, "dtype")
     master = torch.promote_types(compute, torch.float32)
-    vae = master if vae_dtype is None else _dtype_of(vae_dtype, "vae_dtype")
-    family = _family_of(str(path_or_id), revision, local_files_only)
+    decoder = master if vae_dtype is None else _dtype_of(vae_dtype, "vae_dtype")
+    family, absent = _family_of(str(path_or_id), revision, local_files_only)
     _check(family, max_sequence_length, negative_prompt)
     dtypes = dict.fromkeys(family.text_encoders, compute)
-    dtypes |= {family.network: master if lora is None else compute, "vae": vae, "default": master}
-    pipe = _load(str(path_or_id), family, dtypes, revision, variant, local_files_only)
-    if vae == torch.float16 and family.vae_overflows and pipe.vae.config.force_upcast:
-        raise ConfigError(
-            f"vae_dtype: the VAE of '{path_or_id}' overflows in fp16; leave vae_dtype out, which keeps it in fp32, or "
-            "use a checkpoint whose VAE was made for fp16 (its config says force_upcast: false)."
-        )
-    lora = None if lora is None else replace(lora, targets=lora.targets or family.lora_targets)
-    network = getattr(pipe, family.network)
+    dtypes |= {family.network: master if lora is None else compute, "vae": decoder, "default": master}
+    pipe = _load(str(path_or_id), family, absent, dtypes, revision, variant, local_files_only)
     _freeze(pipe, family)
-    _make_trainable(network, lora, seed=seed)
-    if gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    _set_up_decoder(pipe.vae, slicing=vae_slicing, tiling=vae_tiling, checkpointing=vae_checkpointing)
-    pipe.to(torch.device(device) if device is not None else default_device())
+    network = getattr(pipe, family.network)
+    lora = None if lora is None else replace(lora, targets=lora.targets or family.lora_targets)
+    _make_trainable(network, lora, seed=seed, checkpointing=gradient_checkpointing)
+    _set_up_decoder(pipe.vae, family, slicing=vae_slicing, tiling=vae_tiling, checkpointing=vae_checkpointing)
+    _move(pipe, family, torch.device(device) if device is not None else default_device())
     if compile:
-        network.compile()
+        network.compile()  # in place: the names of its tensors stay
     return DiffusersBackbone(
         pipe,
         family,
@@ -121,8 +114,8 @@ def _dtype_of(name: str, setting: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _family_of(source: str, revision: str | None, local_files_only: bool) -> Family:
-    """The family that the pipeline's `model_index.json` names."""
+def _family_of(source: str, revision: str | None, local_files_only: bool) -> tuple[Family, list[str]]:
+    """The family that the pipeline's `model_index.json` names, and which of its optional parts the checkpoint lacks."""
     from diffusers import DiffusionPipeline
 
     try:
@@ -136,7 +129,7 @@ def _family_of(source: str, revision: str | None, local_files_only: bool) -> Fam
         ) from error
     for family in FAMILIES:
         if family.pipeline == index["_class_name"]:
-            return family
+            return family, [name for name in family.optional if not (index.get(name) or [None])[0]]
     raise ConfigError(
         f"model '{source}': its pipeline is a {index['_class_name']}, and supported are "
         f"{[family.pipeline for family in FAMILIES]}; convert the checkpoint, or implement the Backbone Protocol for "
@@ -159,6 +152,7 @@ def _check(family: Family, max_sequence_length: int | None, negative_prompt: str
 def _load(
     source: str,
     family: Family,
+    absent: list[str],
     dtypes: dict[str, torch.dtype],
     revision: str | None,
     variant: str | None,
@@ -166,15 +160,23 @@ def _load(
 ) -> Any:
     import diffusers
 
-    with _silent_bars():
-        pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            source,
-            dtype=dtypes,
-            revision=revision,
-            variant=variant,
-            local_files_only=local_files_only,
-            **family.load_args,
-        )
+    try:
+        with _silent_bars():
+            pipe = getattr(diffusers, family.pipeline).from_pretrained(
+                source,
+                dtype=dtypes,
+                revision=revision,
+                variant=variant,
+                local_files_only=local_files_only,
+                **family.load_args,
+                **dict.fromkeys(absent),  # diffusers wants to be told
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model '{source}': diffusers cannot load this {family.pipeline} (revision {revision}, variant {variant}): "
+            f"{reason}"
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -197,26 +199,48 @@ def _silent_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def _parts(pipe: Any, family: Family) -> list[Any]:
+    """The pipeline's neural networks."""
+    parts = [getattr(pipe, name) for name in (*family.text_encoders, family.network, "vae")]
+    return [part for part in parts if part is not None]
+
+
 def _freeze(pipe: Any, family: Family) -> None:
-    for name in (*family.text_encoders, family.network, "vae"):
-        part = getattr(pipe, name)
-        if part is not None:  # SD3 without its T5
-            part.requires_grad_(False)
-            part.eval()
+    for part in _parts(pipe, family):
+        part.requires_grad_(False)
+        part.eval()
 
 
-def _make_trainable(network: Any, lora: LoRA | None, *, seed: int) -> None:
+def _make_trainable(network: Any, lora: LoRA | None, *, seed: int, checkpointing: bool) -> None:
     if lora is None:
         network.requires_grad_(True)
     else:
         attach(network, lora, seed=seed)
         network.eval()  # peft adds its modules in training mode
+    if checkpointing:
+        network.enable_gradient_checkpointing()
 
 
-def _set_up_decoder(vae: Any, *, slicing: bool, tiling: bool, checkpointing: bool) -> None:
+def _set_up_decoder(vae: Any, family: Family, *, slicing: bool, tiling: bool, checkpointing: bool) -> None:
+    """Apply the decoder's switches.
+
+    Raises:
+        ConfigError: if it would overflow.
+    """
+    if vae.dtype == torch.float16 and family.vae_overflows and vae.config.force_upcast:
+        raise ConfigError(
+            f"vae_dtype: this {family.pipeline}'s VAE overflows in fp16; leave vae_dtype out, which keeps it in fp32, "
+            "or use a checkpoint whose VAE was made for fp16 (its config says force_upcast: false)."
+        )
     if slicing:
         vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
     if checkpointing:
         vae.enable_gradient_checkpointing()
+
+
+def _move(pipe: Any, family: Family, device: torch.device) -> None:
+    """Part by part: `pipe.to` warns of half precision on a CPU, which autocast makes possible."""
+    for part in _parts(pipe, family):
+        part.to(device)

@@ -84,4 +84,5 @@ SD3 = Family(
     predict=predict,
     schedule=schedule,
     latent_shape=latent_shape,
+    optional=("text_encoder_3", "tokenizer_3"),
 )
