@@ -1,15 +1,18 @@
-"""The deterministic sampler, written once for every backbone.
+"""The deterministic sampler and the ancestral one, each written once for every backbone.
 
 With x_t = alpha_t x_0 + sigma_t eps, the step x_s = alpha_s x0_hat + sigma_s eps_hat is DDIM at eta = 0 for eps- and
-v-prediction, and Euler's method for flow matching.
+v-prediction, and Euler's method for flow matching. With eta > 0, a part of eps_hat is replaced by fresh noise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rsaft.randomness import normal
@@ -32,6 +35,14 @@ class Sampling:
             raise ValueError(f"guidance is a weight, so guidance >= 0; got {self.guidance}.")
 
 
+@dataclass(frozen=True)
+class State:
+    """A point of a trajectory: latents x before step i."""
+
+    x: Latents
+    i: int
+
+
 def ode(denoise: Denoiser, schedule: Schedule, x: Latents, *, start: int, stop: int) -> Latents:
     """Latents at point `stop` from latents `x` at point `start`; gradient mode is the caller's.
 
@@ -40,15 +51,60 @@ def ode(denoise: Denoiser, schedule: Schedule, x: Latents, *, start: int, stop: 
     Raises:
         ValueError: if there is no such stretch of the trajectory.
     """
+    _check_stretch(schedule, start, stop)
+    for i in range(start, stop):
+        x_0, eps = schedule.x_0_and_eps(denoise(x, schedule.timesteps[i]), x, i)
+        x = schedule.add_noise(x_0, eps, i + 1)
+    return x
+
+
+def ancestral(
+    denoise: Denoiser,
+    schedule: Schedule,
+    x: Latents,
+    noises: Float[Tensor, "b s c hz wz"],
+    *,
+    eta: float,
+    start: int,
+    stop: int,
+) -> Latents:
+    """`ode` with fresh noise z in every step: DDIM with eta > 0 (Song et al., 2021, Eqs. 12 and 16); eta = 1 is DDPM.
+
+        x_{i+1} = alpha_{i+1} x_0 + sqrt(sigma_{i+1}^2 - std_i^2) eps + std_i z_i,   std_i = eta posterior_std(i)
+
+    Whatever std_i, x_{i+1} has the noise level sigma_{i+1}; so the formula holds for flow models too, where
+    eta = 1 is the ancestral step of x_t = (1 - sigma) x_0 + sigma eps. eta = 0 is `ode` bit for bit.
+
+    Costs stop - start denoiser calls. Draws nothing: z_i is `noises[:, i]`.
+
+    Args:
+        denoise: the guided network.
+        schedule: the trajectory.
+        x: latents at point `start`.
+        noises: standard normal, one for each step that is made.
+        eta: share of the ancestral noise, in [0, 1].
+        start, stop: the stretch, as for `ode`.
+
+    Raises:
+        ValueError: if there is no such stretch of the trajectory.
+    """
+    if eta == 0:
+        return ode(denoise, schedule, x, start=start, stop=stop)
+    _check_stretch(schedule, start, stop)
+    for i in range(start, stop):
+        x_0, eps = schedule.x_0_and_eps(denoise(x, schedule.timesteps[i]), x, i)
+        std = eta * schedule.posterior_std(i)
+        kept = math.sqrt(max(schedule.sigmas[i + 1] ** 2 - std**2, 0.0))
+        x = schedule.alphas[i + 1] * x_0 + kept * eps + std * noises[:, i]
+    return x
+
+
+def _check_stretch(schedule: Schedule, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= schedule.num_steps:
         raise ValueError(
             f"a stretch of a trajectory of {schedule.num_steps} steps has 0 <= start <= stop <= "
             f"{schedule.num_steps}; got start {start} and stop {stop}."
         )
-    for i in range(start, stop):
-        x_0, eps = schedule.x_0_and_eps(denoise(x, schedule.timesteps[i]), x, i)
-        x = schedule.add_noise(x_0, eps, i + 1)
-    return x
 
 
 def checkpointed(denoise: Denoiser) -> Denoiser:
@@ -68,6 +124,21 @@ def initial_noise(backbone: Backbone, *, seed: int, purpose: str, step: int, sam
     """x_T for the samples, keyed by (seed, purpose, step, sample id)."""
     return normal(
         backbone.latent_shape,
+        seed=seed,
+        purpose=purpose,
+        step=step,
+        sample_ids=sample_ids,
+        device=backbone.device,
+        dtype=backbone.dtype,
+    )
+
+
+def step_noises(
+    backbone: Backbone, num_steps: int, *, seed: int, purpose: str, step: int, sample_ids: Sequence[int]
+) -> Float[Tensor, "b s c hz wz"]:
+    """The noises of `ancestral` for steps 0..num_steps - 1, keyed by (seed, purpose, step, sample id)."""
+    return normal(
+        (num_steps, *backbone.latent_shape),
         seed=seed,
         purpose=purpose,
         step=step,

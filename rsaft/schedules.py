@@ -6,6 +6,7 @@ conversion are all that differs. Index i = 0..s runs from noise to data.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,12 +58,31 @@ class Schedule:
         """x at point i: alpha_i x_0 + sigma_i eps. With x_0_and_eps it is the deterministic step to point i."""
         return self.alphas[i] * x_0 + self.sigmas[i] * eps
 
+    def prediction_of(self, x_0: Latents, eps: Latents, i: int) -> Latents:
+        """The output of a perfect network at point i for known x_0 and eps: the inverse of `x_0_and_eps`."""
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "v":
+            return self.alphas[i] * eps - self.sigmas[i] * x_0
+        return eps - x_0
+
+    def scale(self, i: int) -> float:
+        """x / y at point i: 1 for flow, alpha for the others."""
+        return 1.0 if self.prediction == "flow" else self.alphas[i]
+
     def ysu(self, prediction: Latents, x_t: Latents, i: int) -> tuple[Tensor, float, Tensor]:
         """The coordinates (y, s, u) in which every step is y' = y + (s' - s) u and x_0 = y - s u.
 
         Flow: y = x, s = sigma, u = v. Others: y = x / alpha, s = sigma / alpha, u = eps.
         """
-        if self.prediction == "flow":
-            return x_t, self.sigmas[i], prediction
-        _, eps = self.x_0_and_eps(prediction, x_t, i)
-        return x_t / self.alphas[i], self.sigmas[i] / self.alphas[i], eps
+        u = prediction if self.prediction == "flow" else self.x_0_and_eps(prediction, x_t, i)[1]
+        return x_t / self.scale(i), self.sigmas[i] / self.scale(i), u
+
+    def posterior_std(self, i: int) -> float:
+        """Standard deviation of x at point i + 1 given x at point i and x_0: the noise of an ancestral (DDPM) step.
+
+        sigma' / sigma sqrt(sigma^2 - (alpha / alpha')^2 sigma'^2), with ' for point i + 1; with alpha^2 + sigma^2 = 1
+        it is sigma_t(1) of DDIM (Song et al., 2021, Eq. 16).
+        """
+        ratio = self.alphas[i] * self.sigmas[i + 1] / self.alphas[i + 1]
+        return self.sigmas[i + 1] / self.sigmas[i] * math.sqrt(max(self.sigmas[i] ** 2 - ratio**2, 0.0))

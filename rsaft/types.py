@@ -54,14 +54,17 @@ class Sample:
     latents: Float[Tensor, "n c hz wz"]
     prompts: tuple[str, ...]  # n prompts, one a latent
     index: Int[Tensor, " n"]  # row of the batch that each latent belongs to
+    # A term added to each latent's loss, not to its reward (ReFL's pretraining loss); None: no term.
+    penalty: Float[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True)
 class Loss:
     """What a score says of a batch.
 
-    `value` is minimised: the mean over all n samples, where a masked one counts as 0. `direction` is the quantity
-    whose gradient gives RSA-FT's perturbations: the reward side without hinge or offset, larger is better.
+    `value` is minimised: the objective's loss plus the sample's penalty, as a mean over all n samples, where a masked
+    one counts as 0. `direction` is the quantity whose gradient gives RSA-FT's perturbations: the reward side without
+    hinge or offset, larger is better.
     """
 
     value: Float[Tensor, ""]

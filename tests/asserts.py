@@ -113,15 +113,24 @@ def assert_prefix_has_no_gradient(rollout: Rollout, network: nn.Module) -> None:
 
 
 def assert_calls(
-    rollout: Rollout, backbone: Backbone, network: nn.Module, *, prefix: int, tail: int, recomputed: int = 0
+    rollout: Rollout,
+    backbone: Backbone,
+    network: nn.Module,
+    *,
+    prefix: int,
+    tail: int,
+    without: int = 0,
+    recomputed: int = 0,
 ) -> None:
-    """Network calls: `prefix` without gradient, `tail` all with gradient, `recomputed` in the backward pass."""
+    """Network calls: `prefix` without gradient; in the tail `tail` with and `without` without gradient, and
+    `recomputed` in the backward pass.
+    """
     with count_calls(network) as calls:
         state = rollout.prefix()
     assert (calls.without_grad, calls.with_grad) == (prefix, 0), "calls (without, with gradient) of the prefix"
     with count_calls(network) as calls:
         sample = rollout.tail(state)
-    assert (calls.without_grad, calls.with_grad) == (0, tail), "calls (without, with gradient) of the tail"
+    assert (calls.without_grad, calls.with_grad) == (without, tail), "calls (without, with gradient) of the tail"
     with count_calls(network) as calls:
         reward_gradient(backbone, sample)
     assert calls.total == recomputed, "calls in the backward pass"

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from rsaft.rdrl.loop import Trainer
 
 TYPES: dict[str, dict[str, str]] = {
-    "algorithm": {"draft": "rsaft.rdrl.draft:DRaFT"},
+    "algorithm": {
+        "refl": "rsaft.rdrl.refl:ReFL",
+        "draft": "rsaft.rdrl.draft:DRaFT",
+        "alignprop": "rsaft.rdrl.alignprop:AlignProp",
+        "drtune": "rsaft.rdrl.drtune:DRTune",
+    },
     "reward": {"testbed": "rsaft.config.settings:TestbedReward"},
     "objective": {
         "weighted_sum": "rsaft.rdrl.objectives:WeightedSum",

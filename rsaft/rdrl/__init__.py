@@ -1,7 +1,22 @@
 """Reward-driven fine-tuning: trainers, objectives over rewards, and the training loop."""
 
+from rsaft.rdrl.alignprop import AlignProp
 from rsaft.rdrl.draft import DRaFT
+from rsaft.rdrl.drtune import DRTune
 from rsaft.rdrl.objectives import Hinge, SoftMin, WeightedSum
+from rsaft.rdrl.pretraining import Pretraining
+from rsaft.rdrl.refl import ReFL
 from rsaft.rdrl.score import ImageScore, plain_step
 
-__all__ = ["DRaFT", "Hinge", "ImageScore", "SoftMin", "WeightedSum", "plain_step"]
+__all__ = [
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
+    "Hinge",
+    "ImageScore",
+    "Pretraining",
+    "ReFL",
+    "SoftMin",
+    "WeightedSum",
+    "plain_step",
+]

@@ -13,17 +13,9 @@ import torch
 
 from rsaft.errors import ConfigError
 from rsaft.randomness import normal
-from rsaft.sampling import Sampling, checkpointed, initial_noise, ode
+from rsaft.sampling import Sampling, State, checkpointed, initial_noise, ode
 from rsaft.schedules import Schedule
 from rsaft.types import Backbone, Batch, Denoiser, Latents, Sample
-
-
-@dataclass(frozen=True)
-class State:
-    """A point of a trajectory: latents x before step i."""
-
-    x: Latents
-    i: int
 
 
 @dataclass(frozen=True)

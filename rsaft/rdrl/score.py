@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rsaft.types import Backbone, Images, Loss, Objective, Reward, Rollout, Sample, Score, StepOutput
@@ -35,14 +35,14 @@ class ImageScore:
         detached = torch.where(torch.isfinite(rewards), rewards, torch.nan).detach()
         if bool(valid.all()):
             losses, direction = self.objective(rewards, tuple(self.rewards), sample.prompts)
-            return Loss(losses.mean(), direction, detached, valid)
+            return Loss(losses.mean() + _penalty(sample, valid), direction, detached, valid)
         rows = valid.nonzero().flatten()
         value = view[:0].sum()  # 0 with a graph, also where the images themselves are not finite
         direction = value.to(rewards.dtype).expand(len(valid))
         if len(rows):
             prompts = [sample.prompts[i] for i in rows.tolist()]
             losses, part = self.objective(self._matrix(view[rows], prompts), tuple(self.rewards), prompts)
-            value = losses.sum() / len(valid)
+            value = losses.sum() / len(valid) + _penalty(sample, valid)
             direction = direction.index_put((rows,), part)
         return Loss(value, direction, detached, valid)
 
@@ -60,6 +60,11 @@ def _checked(scores: Tensor, name: str, num_samples: int) -> Float[Tensor, " b"]
             f"an image, shape ({num_samples},)."
         )
     return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _penalty(sample: Sample, valid: Bool[Tensor, " n"]) -> Tensor | float:
+    """The sample's own term of the loss, masked like its rewards."""
+    return 0.0 if sample.penalty is None else torch.where(valid, sample.penalty, 0.0).sum() / len(valid)
 
 
 def detached(loss: Loss) -> Loss:
