@@ -72,20 +72,18 @@ def export_weights(backbone: DiffusersBackbone, folder: Path) -> float:
     return export(backbone, folder).difference
 
 
-def check_format(format: str, *, is_lora: bool) -> None:
-    """Refuse a format that does not exist, or that holds adapters only where there is none.
+def check_format(format: str, *, is_lora: bool) -> Format:
+    """The format, unless it does not exist, or holds an adapter and there is none.
 
     Raises:
         ConfigError: saying which formats fit.
     """
-    fitting = FORMATS if is_lora else ("diffusers", "merged")
-    if format not in FORMATS:
-        raise ConfigError(f"format: there is no '{format}'; allowed are {', '.join(fitting)}.")
-    if format not in fitting:
-        raise ConfigError(
-            f"format: {format} holds an adapter, and here the whole network was trained; allowed are "
-            f"{', '.join(fitting)}."
-        )
+    fitting: tuple[Format, ...] = FORMATS if is_lora else ("diffusers", "merged")
+    for fits in fitting:
+        if format == fits:
+            return fits
+    reason = f"{format} holds an adapter, and the whole network was trained" if format in FORMATS else "there is none"
+    raise ConfigError(f"format: got '{format}'; {reason}; allowed are {', '.join(fitting)}.")
 
 
 def loading_line(backbone: DiffusersBackbone, folder: Path, format: Format = "diffusers") -> str:

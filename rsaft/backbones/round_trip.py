@@ -45,7 +45,7 @@ def adapter_difference(
     network = backbone.network
     expected = probe(backbone)
     try:
-        with quiet():
+        with quiet(), torch.random.fork_rng(devices=[]):  # peft draws initial values before it loads the file's
             load(_BESIDE)
         if _BESIDE not in network.peft_config:
             raise ExportError(f"export to {source}: no adapter is found in the file; {_REPORT}.")

@@ -101,6 +101,25 @@ def sample(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    format: Annotated[str, typer.Option(help="diffusers, peft, merged or comfyui.")] = "diffusers",
+    out: Annotated[
+        Path | None, typer.Option(help="An empty or new folder; RUN/export/FORMAT-step-N by default.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint; the newest by default.")] = None,
+) -> None:
+    """Write a run's trained weights for diffusers, peft or ComfyUI, and prove that they load back."""
+    config = _config_of(run)
+    from rsaft.cli.export import export_run
+
+    done, weights = export_run(config, run, format=format, out=out, step=step)
+    _say(f"export {done.folder} ({weights})")
+    _say(f"largest difference from the trained model, reloaded: {done.difference:.3g}")
+    _say(f"load it: {done.load}")
+
+
+@app.command()
 def show(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]", help="As for train.")

@@ -266,7 +266,6 @@ class Trainer:
             evaluations=self._evaluations,
             step=result.step,
             best=result.best_step,
-            is_lora=self.backbone.lora is not None,
         )
 
     def _result(self, done: int, signal: int | None) -> RunResult:

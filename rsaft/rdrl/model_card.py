@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rsaft.backbones.export import LORA_FILE
+from rsaft.backbones.export import loading_line
+from rsaft.backbones.pipeline import DiffusersBackbone
 
 
 def write_model_card(
-    run: Path, *, source: str, evaluations: Sequence[Mapping[str, float]], step: int, best: int, is_lora: bool
+    run: Path, backbone: DiffusersBackbone, *, evaluations: Sequence[Mapping[str, float]], step: int, best: int
 ) -> Path:
     """Write the card beside the checkpoints.
 
     Args:
         run: the run directory.
-        source: path or hub id of the base model.
+        backbone: what was trained.
         evaluations: means of each evaluation, with its "step".
         step: updates done.
         best: step of the best held-out evaluation.
-        is_lora: whether the checkpoint holds an adapter or a whole UNet.
     """
-    folder = f"checkpoints/step-{step:06d}/adapter"
-    load = (
-        f'pipe.load_lora_weights("{folder}", weight_name="{LORA_FILE}")'
-        if is_lora
-        else f'pipe.unet = UNet2DConditionModel.from_pretrained("{folder}", subfolder="unet")'
-    )
+    pipeline, source = backbone.family.pipeline, backbone.source
+    classes = pipeline if backbone.lora is not None else f"{pipeline}, {type(backbone.network).__name__}"
     lines = [
         f"# {run.name}",
         "",
@@ -44,11 +40,12 @@ def write_model_card(
         "A reward that rises while held-out rewards fall is being hacked: look at `report.html` first.",
         "",
         "```python",
-        "from diffusers import StableDiffusionPipeline, UNet2DConditionModel",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{source}")',
-        load,
+        f"from diffusers import {classes}",
+        f'pipe = {pipeline}.from_pretrained("{source}")',
+        loading_line(backbone, Path(f"checkpoints/step-{step:06d}/adapter")),
         "```",
         "",
+        "`rsaft export RUN` writes the weights for peft, for ComfyUI, or merged into a pipeline.",
         "`config.yaml` holds the settings, `env.json` the versions, `metrics.jsonl` the curves.",
         "",
     ]

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rsaft.errors import CheckpointError
-from rsaft.rdrl.checkpoint import load_latest
+from rsaft.errors import CheckpointError, ConfigError
+from rsaft.rdrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_latest
+from rsaft.rdrl.checkpoint_folder import step_of
 from rsaft.rdrl.optimization import load_weights
 from rsaft.types import Backbone
 
 
+def trained_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint:
+    """A run's newest good checkpoint, or that of a step.
+
+    Raises:
+        ConfigError: if there is no checkpoint of that step.
+        CheckpointError: if there is none at all, or it is damaged.
+    """
+    folder = run_dir / "checkpoints"
+    if step is None:
+        found = load_latest(folder)
+        if found is None:
+            raise CheckpointError(f"{run_dir}: there is no checkpoint yet; train it, or name another run.")
+        return found
+    paths = {step_of(path): path for path in list_checkpoints(folder)}
+    if step not in paths:
+        kept = ", ".join(map(str, paths)) or "none"
+        raise ConfigError(f"step: {run_dir} has no checkpoint of step {step}; kept are those of steps {kept}.")
+    return load_checkpoint(paths[step])
+
+
+def put_trained(backbone: Backbone, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights (their moving average, if it has one) into a backbone of the same settings.
+
+    Raises:
+        CheckpointError: if it is of another model.
+    """
+    load_weights(backbone.parameters(), checkpoint.tensors.get("ema", checkpoint.tensors["weights"]))
+
+
 def load_trained(backbone: Backbone, run_dir: Path) -> int:
-    """Put the newest checkpoint's weights (its moving average, if it has one) into a backbone of the same settings.
+    """Put the newest checkpoint's weights (their moving average, if it has one) into a backbone of the same settings.
 
     Returns:
         The number of updates that the checkpoint holds.
@@ -19,8 +49,6 @@ def load_trained(backbone: Backbone, run_dir: Path) -> int:
     Raises:
         CheckpointError: if there is no good checkpoint, or it is of another model.
     """
-    found = load_latest(run_dir / "checkpoints")
-    if found is None:
-        raise CheckpointError(f"{run_dir}: there is no checkpoint yet; train it, or name another run.")
-    load_weights(backbone.parameters(), found.tensors.get("ema", found.tensors["weights"]))
+    found = trained_checkpoint(run_dir)
+    put_trained(backbone, found)
     return found.step
