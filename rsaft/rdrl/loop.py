@@ -262,7 +262,7 @@ class Trainer:
         write_report([self.run_dir], self.run_dir / "report.html", title=self.run_dir.name)
         write_model_card(
             self.run_dir,
-            source=self.backbone.source,
+            self.backbone,
             evaluations=self._evaluations,
             step=result.step,
             best=result.best_step,
