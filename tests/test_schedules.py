@@ -36,6 +36,31 @@ def test_a_perfect_prediction_gives_the_clean_latents_and_the_noise_back(kind, i
     torch.testing.assert_close(found, (x_0, eps), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("i", [0, 1, 2])
+def test_the_perfect_prediction_is_the_inverse(kind, i):
+    schedule, x_0, eps = _schedule(kind), _latents(0), _latents(1)
+    expected = _perfect_prediction(kind, schedule, x_0, eps, i)
+    assert torch.equal(schedule.prediction_of(x_0, eps, i), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_x_is_its_scale_times_y(kind):
+    schedule, x_t = _schedule(kind), _latents(2)
+    y, _, _ = schedule.ysu(_latents(3), x_t, 1)
+    torch.testing.assert_close(schedule.scale(1) * y, x_t, rtol=0, atol=1e-15)
+
+
+def test_posterior_deviation_by_hand():
+    # Step from (0.6, 0.8) to (0.8, 0.6): sqrt((1 - 0.64) / (1 - 0.36) * (1 - 0.36 / 0.64)), DDIM's Eq. 16.
+    assert _schedule("eps").posterior_std(1) == pytest.approx(math.sqrt(0.36 / 0.64 * (1 - 0.36 / 0.64)))
+    # Flow, (0.2, 0.8) to (0.6, 0.4): 0.4 / 0.8 sqrt(0.64 - (0.2 / 0.6)^2 0.16).
+    assert _schedule("flow").posterior_std(1) == pytest.approx(0.5 * math.sqrt(0.64 - 0.16 / 9))
+    # To clean latents there is no noise; from pure noise there is nothing but noise.
+    assert _schedule("flow").posterior_std(2) == 0
+    assert Schedule((0.0, 0.6), (1.0, 0.4), (1000.0,), "flow").posterior_std(0) == 0.4
+
+
 def test_add_noise_by_hand():
     x_0, eps = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), -1.0)
     assert _schedule("eps").add_noise(x_0, eps, 1).item() == pytest.approx(0.6 * 2 - 0.8)

@@ -30,7 +30,8 @@ class AlignProp:
     """Settings of AlignProp. The defaults are the authors' code: k normal with mean 42 and deviation 5 of 50 steps.
 
     Cost for each sample of a batch whose truncation step is k: k denoiser calls without gradient, T - k with gradient
-    (each once more with gradient checkpointing), 1 decode and 1 reward with gradient. T - k is 9.1 on average at T = 50.
+    (each once more with gradient checkpointing), 1 decode and 1 reward with gradient. At T = 50, T - k is 9.1 on
+    average.
     """
 
     # The first step with gradient, k: drawn from a normal of `mean` and `std`, or uniformly from 1..T-1 (the paper's
