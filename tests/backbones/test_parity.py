@@ -52,15 +52,14 @@ def _difference(folder, guidance, call, **settings):
     return float((images - expected).abs().max())
 
 
+CLASSIFIER_FREE = ((1.0, None), (7.5, None), (4.0, "a blurred dog"))
+
+
 # Guidance is classifier-free but for flux, which embeds it, and schnell, which has none.
 @pytest.mark.parametrize(
     ("family", "guidance", "negative"),
     [
-        *(
-            (f, g, n)
-            for f in ("sd", "sdxl", "sd3", "sd35")
-            for g, n in ((1.0, None), (7.5, None), (4.0, "a blurred dog"))
-        ),
+        *((family, *rest) for family in ("sd", "sdxl", "sd3", "sd35") for rest in CLASSIFIER_FREE),
         ("flux", 1.0, None),
         ("flux", 3.5, None),
         ("schnell", 1.0, None),
@@ -119,7 +118,7 @@ def test_samples_equal_the_pipelines_images_for_other_settings_of_a_checkpoint(
     assert difference <= 1e-5
 
 
-def test_sd3_with_dynamic_shift_has_another_grid_at_another_resolution(tiny_of):
+def test_a_dynamic_shift_gives_another_grid_at_another_resolution(tiny_of):
     grids = [load_backbone(tiny_of("flux"), resolution=pixels).schedule(4).sigmas for pixels in (16, 32)]
     assert grids[0][0] == grids[1][0] == 1
     assert all(small < large for small, large in zip(grids[0][1:-1], grids[1][1:-1], strict=True))
