@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from rsaft.config import TYPES, Custom, json_schema, load_config, to_dict, validate
 from rsaft.config.assemble import component, load_prompts
 from rsaft.config.files import merged, parse_overrides
-from rsaft.config.settings import Plain, load_type
+from rsaft.config.sections import Plain
+from rsaft.config.settings import load_type
 from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, Hinge, WeightedSum

@@ -6,14 +6,17 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rsaft.config.messages import did_you_mean, shown
-from rsaft.config.settings import Custom, Model, Plain, RunConfig, TestbedReward, to_dict
+from rsaft.config.sections import PIPELINES, TESTBED, TINY, Custom, Model, Plain, TestbedReward
+from rsaft.config.settings import RunConfig, to_dict
 from rsaft.errors import ConfigError
 from rsaft.prompts import read_prompts
 
@@ -21,30 +24,59 @@ if TYPE_CHECKING:
     from rsaft.backbones.pipeline import DiffusersBackbone
     from rsaft.rdrl.loop import Trainer
     from rsaft.testbed import Testbed
+    from rsaft.testbed.tiny import TinyFamily
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a config describes besides the model."""
+
+    algorithm: Any
+    rewards: dict[str, Any]
+    held_out: dict[str, Any]
+    objective: Any
+    step: Any
+    prompts: tuple[str, ...]
+    eval_prompts: tuple[str, ...] | None
+    measures: dict[str, Any]
+
+
+def components(config: RunConfig) -> Components:
+    """Import the user's own code, load rewards and read prompts: cheap beside the model, so a mistake shows first.
+
+    Raises:
+        ConfigError: if something that the settings name does not exist or does not fit.
+    """
+    from rsaft.rdrl.score import plain_step
+
+    step = component(config.step, "config.step")
+    return Components(
+        algorithm=component(config.algorithm, "config.algorithm"),
+        rewards=_rewards(config.rewards, "config.rewards"),
+        held_out=_rewards(config.held_out, "config.held_out"),
+        objective=component(config.objective, "config.objective"),
+        step=plain_step if isinstance(step, Plain) else step,
+        prompts=load_prompts(config.prompts.train, "train"),
+        eval_prompts=None if config.prompts.eval is None else load_prompts(config.prompts.eval, "eval"),
+        measures=_measures(config.held_out),
+    )
 
 
 def trainer(config: RunConfig, run: Path) -> Trainer:
     """The Trainer of a run directory; see `rsaft.config.build_trainer`."""
     from rsaft.rdrl.loop import Trainer
-    from rsaft.rdrl.score import plain_step
 
-    # What is the user's own comes first: a mistake there shows before a model of gigabytes is loaded.
-    step = component(config.step, "config.step")
-    algorithm = component(config.algorithm, "config.algorithm")
-    objective = component(config.objective, "config.objective")
-    rewards = _rewards(config.rewards, "config.rewards")
-    held_out = _rewards(config.held_out, "config.held_out")
-    prompts = load_prompts(config.prompts.train, "train")
+    parts = components(config)
     return Trainer(
         load_model(config.model, seed=config.train.seed),
-        algorithm=algorithm,
-        rewards=rewards,
-        objective=objective,
-        step=plain_step if isinstance(step, Plain) else step,
-        prompts=prompts,
-        eval_prompts=None if config.prompts.eval is None else load_prompts(config.prompts.eval, "eval"),
-        held_out=held_out,
-        measures=_measures(config.held_out),
+        algorithm=parts.algorithm,
+        rewards=parts.rewards,
+        objective=parts.objective,
+        step=parts.step,
+        prompts=parts.prompts,
+        eval_prompts=parts.eval_prompts,
+        held_out=parts.held_out,
+        measures=parts.measures,
         config=config.train,
         run_dir=run,
         description=yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120),
@@ -55,25 +87,59 @@ def load_model(model: Model, *, seed: int) -> DiffusersBackbone:
     """The backbone of a config's section `model`; `seed` is of the adapter's initial values.
 
     Raises:
-        ConfigError: if there is no such model.
+        ConfigError: if there is no such model, or it is not of the family that the config names.
     """
     from rsaft.backbones.load import load_backbone
 
-    is_world = model.path.startswith("testbed:")
-    return load_backbone(
-        str(_world(model.path).path) if is_world else model.path,
+    backbone = load_backbone(
+        _model_source(model.path),
         lora=model.lora,
         dtype=model.dtype,
         revision=model.revision,
         variant=model.variant,
         gradient_checkpointing=model.gradient_checkpointing,
         seed=seed,
+        resolution=model.resolution,
+        negative_prompt=model.negative_prompt,
+        max_sequence_length=model.max_sequence_length,
+        prompt_cache=model.prompt_cache,
+        vae_dtype=model.vae_dtype,
+        vae_slicing=model.vae_slicing,
+        vae_tiling=model.vae_tiling,
+        vae_checkpointing=model.vae_checkpointing,
+        compile=model.compile,
     )
+    if model.path.startswith(TINY):
+        backbone.source = model.path  # the folder it was loaded from is gone with this process
+    expected = None if model.family is None else PIPELINES[model.family]
+    if expected is not None and backbone.family.pipeline != expected:
+        raise ConfigError(
+            f"config.model.family: '{model.family}' is a {expected}, and '{model.path}' is a "
+            f"{backbone.family.pipeline}; change one of the two, or leave family out."
+        )
+    return backbone
+
+
+def _model_source(path: str) -> str:
+    """The folder or hub id that a model's path stands for."""
+    if path.startswith(TESTBED):
+        return str(_world(path).path)
+    return _tiny_folder(path.removeprefix(TINY)).name if path.startswith(TINY) else path
+
+
+@functools.cache  # holds the folder until the process ends
+def _tiny_folder(family: TinyFamily) -> tempfile.TemporaryDirectory[str]:
+    """A folder with the tiny random pipeline of a family, as a hub checkpoint would lie there."""
+    from rsaft.testbed.tiny import tiny_pipeline
+
+    folder = tempfile.TemporaryDirectory(prefix="rsaft-tiny-")
+    tiny_pipeline(family).save_pretrained(folder.name)
+    return folder
 
 
 def load_prompts(source: str, part: str) -> tuple[str, ...]:
     """The prompts of a file, or a world's own; `part` is train or eval."""
-    if source.startswith("testbed:"):
+    if source.startswith(TESTBED):
         world = _world(source)
         return tuple(world.prompts_train if part == "train" else world.prompts_eval)
     return read_prompts(Path(source)).prompts
@@ -148,7 +214,7 @@ def _measures(held_out: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _world(name: str) -> Any:
-    return _loaded(name.removeprefix("testbed:"))
+    return _loaded(name.removeprefix(TESTBED))
 
 
 @functools.cache

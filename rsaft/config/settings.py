@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rsaft.config.files import read_settings
 from rsaft.config.messages import did_you_mean, explain, field_names, shown, unknown_key
+from rsaft.config.sections import TESTBED, WORLDS, Custom, Model, Prompts
 from rsaft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,72 +31,17 @@ TYPES: dict[str, dict[str, str]] = {
         "alignprop": "rsaft.rdrl.alignprop:AlignProp",
         "drtune": "rsaft.rdrl.drtune:DRTune",
     },
-    "reward": {"testbed": "rsaft.config.settings:TestbedReward"},
+    "reward": {"testbed": "rsaft.config.sections:TestbedReward"},
     "objective": {
         "weighted_sum": "rsaft.rdrl.objectives:WeightedSum",
         "hinge": "rsaft.rdrl.objectives:Hinge",
         "softmin": "rsaft.rdrl.objectives:SoftMin",
     },
-    "step": {"plain": "rsaft.config.settings:Plain", "rsaft": "rsaft.flatten.rsa_ft:RSAFT"},
+    "step": {"plain": "rsaft.config.sections:Plain", "rsaft": "rsaft.flatten.rsa_ft:RSAFT"},
 }
 """For each kind of component, the built-in types and where their settings are."""
 
-WORLDS = ("fashion", "shapes")
 REQUIRED = ("model", "prompts", "algorithm", "rewards", "objective")
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is trained."""
-
-    path: str  # testbed:fashion, testbed:shapes, a folder with model_index.json, or a hub id
-    lora: Any = None  # adapters to train; null trains the whole denoiser
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"  # the network's arithmetic; trained values are fp32
-    revision: str | None = None  # of a hub id: branch, tag or commit
-    variant: str | None = None  # of the weight files, as in diffusers: fp16, ...
-    gradient_checkpointing: bool = False  # recompute the denoiser's blocks in the backward pass
-
-    def __post_init__(self) -> None:
-        _check_world(self.path, "path")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What is drawn."""
-
-    train: str  # testbed:fashion, testbed:shapes, or a .txt, .jsonl or .csv file
-    eval: str | None = None  # the same kinds; null takes the first training prompts
-
-    def __post_init__(self) -> None:
-        _check_world(self.train, "train")
-        _check_world(self.eval or "", "eval")
-
-
-@dataclass(frozen=True)
-class TestbedReward:
-    """A reward of a testbed's world."""
-
-    __test__ = False  # for pytest: not a test
-
-    world: Literal["fashion", "shapes"]  # the world
-    name: str = "reward"  # reward: the one to train on; gold, or one of the held-out ones: to measure with
-
-
-@dataclass(frozen=True)
-class Plain:
-    """The step without flattening; it has no settings."""
-
-
-@dataclass(frozen=True)
-class Custom:
-    """Code of the user's own: a class is called with `args`, a function only if `args` is given."""
-
-    type: str  # package.module:Name, importable from the working directory
-    args: Mapping[str, Any] | None = None  # keyword arguments
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", self.type):
-            raise ConfigError(f"type: code of your own is named as package.module:Name; got {shown(self.type)}.")
 
 
 @dataclass(frozen=True)
@@ -250,15 +196,6 @@ def _rewards(value: Any, path: str) -> dict[str, Any]:
     return {name: _component("reward", entry, f"{path}.{name}") for name, entry in value.items()}
 
 
-def _check_world(path: str, key: str) -> None:
-    world = path.removeprefix("testbed:")
-    if path.startswith("testbed:") and world not in WORLDS:
-        allowed = ", ".join(f"testbed:{name}" for name in WORLDS)
-        raise ConfigError(
-            f"{key}: there is no world {shown(world)}; allowed are {allowed}{did_you_mean(world, WORLDS)}"
-        )
-
-
 def _check_together(config: RunConfig) -> None:
     """What no section can know alone."""
     if not config.rewards:
@@ -273,7 +210,7 @@ def _check_together(config: RunConfig) -> None:
         if not any(config.objective.weights.values()):
             raise ConfigError("config.objective.weights: at least one reward needs a weight other than 0.")
     for key, value in (("train", config.prompts.train), ("eval", config.prompts.eval)):
-        if value is not None and not value.startswith("testbed:"):
+        if value is not None and not value.startswith(TESTBED):
             _check_prompt_file(value, f"config.prompts.{key}")
 
 
@@ -281,7 +218,7 @@ def _check_prompt_file(value: str, path: str) -> None:
     if "\0" in value or len(value) > 1024 or not Path(value).is_file():
         raise ConfigError(
             f"{path}: there is no file {shown(value)} beside the config file or in the working directory; allowed are "
-            f"a .txt, .jsonl or .csv file, {' and '.join(f'testbed:{world}' for world in WORLDS)}."
+            f"a .txt, .jsonl or .csv file, {' and '.join(f'{TESTBED}{world}' for world in WORLDS)}."
         )
 
 
