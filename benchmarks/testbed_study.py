@@ -44,7 +44,7 @@ class Settings:
     sharpness_rho: float = 0.1
 
 
-SETTINGS = {"fashion": Settings(lr=5e-5, steps=200), "shapes": Settings(lr=5e-5, steps=200)}
+SETTINGS = {"fashion": Settings(lr=5e-5, steps=200), "shapes": Settings(lr=1e-5, steps=200)}
 
 
 def method(name: str) -> tuple[Step, float]:
