@@ -14,9 +14,12 @@ from PIL import Image
 from rsaft.cli import _finish, main, run_directory, split_settings
 from rsaft.errors import ConfigError
 from rsaft.rdrl.run_result import RunResult
+from tests.rdrl.disk_faults import at_disk_calls, disk_full_from
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "peft", "matplotlib", "scipy", "PIL")
+
+LONG = "a" * 300  # longer than a file's name may be
 
 OWN_REWARD = """
 def brightness(images, prompts):
@@ -115,6 +118,15 @@ def test_list_names_what_exists_only(rsaft):
         (["train", "train.lr=1"], "a run file is needed"),
         (["train", "tiny.yaml", "--run", "."], "run: '.' is not empty; continue it with 'rsaft resume .'"),
         (["train", "tiny.yaml", "--run", "tiny.yaml"], "run: 'tiny.yaml' is a file, and a folder is needed"),
+        (["train", "."], "config file '.': it is a folder; give the path of a YAML file."),
+        (["train", LONG], f"'{LONG}': File name too long; name a path"),
+        (["train", "tiny.yaml", "--run", LONG], f"'{LONG}': File name too long; name a path"),
+        (
+            ["train", "tiny.yaml", "--run", "/proc/run"],
+            "run directory /proc/run: it cannot be made or written",
+        ),
+        (["demo", "--out", "tiny.yaml"], "'tiny.yaml/plain': Not a directory; name a path"),
+        (["demo", "--out", "/proc/demo"], "'/proc/demo': No such file or directory; name a path"),
         (["resume", "nothing"], "run 'nothing': there is no run (no config.yaml) there"),
         (["report", "nothing"], "run 'nothing': there is no run (no config.yaml) there"),
         (["show", "tiny.yaml", "prompts.train=none.txt"], "config.prompts.train: there is no file 'none.txt'"),
@@ -131,6 +143,16 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(rsaft, run_file: Path, argume
     assert len(lines) == 1
     assert lines[0].startswith(f"rsaft: {sentence}")
     assert not (run_file.parent / "runs").exists()
+
+
+def test_a_full_disk_at_the_start_of_a_run_is_one_sentence_and_exit_code_2(rsaft, run_file: Path):
+    with at_disk_calls(disk_full_from(1), deletions=False):
+        outcome = rsaft("train", run_file, "--run", "full")
+    assert outcome.code == 2
+    assert [line for line in outcome.err.splitlines() if line.startswith("rsaft: ")] == [
+        "rsaft: run directory full: it cannot be made or written (No space left on device); choose another one."
+    ]
+    assert "Traceback" not in outcome.err
 
 
 @pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "a.yaml", "--rum", "x"], ["sample", "x"]])
@@ -206,6 +228,15 @@ def test_a_run_is_trained_sampled_resumed_and_reported(rsaft, run_file: Path):
     reported = rsaft("report", folder, "--out", "report.html")
     assert reported.code == 0, reported.err
     assert (run_file.parent / "report.html").is_file()
+
+    for place in (".", "tiny.yaml/report.html", LONG, "/dev/full", "/proc/report.html"):
+        refused = rsaft("report", folder, "--out", place)
+        assert refused.code == 2
+        assert len(refused.err.splitlines()) == 1
+    with at_disk_calls(disk_full_from(1), deletions=False):
+        refused = rsaft("report", folder)
+    assert refused.code == 2
+    assert "report.html could not be written (No space left on device)" in refused.err
 
 
 @pytest.mark.parametrize(("signal", "code"), [(2, 130), (15, 143)])

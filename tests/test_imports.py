@@ -12,7 +12,7 @@ import pytest
 import rsaft
 
 ROOT = Path(rsaft.__file__).parent
-CORE = {"types", "errors", "schedules", "sampling", "randomness", "distributed", "prompts"}
+CORE = {"types", "errors", "files", "schedules", "sampling", "randomness", "distributed", "prompts"}
 MODELS = {"diffusers", "transformers", "peft", "accelerate"}
 
 # For each part of rsaft: the other parts and the model libraries that it may import.

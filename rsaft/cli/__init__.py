@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsaft.errors import ConfigError, RsaftError
+from rsaft.errors import ConfigError, RsaftError, RunDirectoryError
 
 if TYPE_CHECKING:
     from rsaft.rdrl.run_result import RunResult
@@ -174,6 +174,8 @@ def report(
     """Write an HTML report of runs, side by side."""
     for run in runs:
         _check_run(run)
+    if out is not None and out.is_dir():
+        raise ConfigError(f"out: '{out}' is a folder, and a file is needed, as in {out / 'report.html'}.")
     from rsaft.metrics.report import write_report
 
     target = out if out is not None else runs[0] / "report.html"
@@ -214,24 +216,30 @@ def refuse_filled(folder: Path, option: str, way_out: str) -> None:
     """Refuse a folder with something in it. Only the first process looks: it may be ahead of the others, and writing.
 
     Raises:
-        ConfigError: if there is something in it, or if it is a file.
+        ConfigError: if there is something in it, if it or what it lies in is a file, or if it cannot be written.
     """
-    if _rank() > 0 or not folder.exists():
+    if _rank() > 0:
         return
-    if not folder.is_dir():
-        raise ConfigError(f"{option}: '{folder}' is a file, and a folder is needed; choose another.")
-    if any(folder.iterdir()):
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{option}: '{nearest}' is a file, and a folder is needed; choose another.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: '{nearest}' cannot be written; choose another folder.")
+    if nearest == folder and any(folder.iterdir()):
         raise ConfigError(f"{option}: '{folder}' is not empty; {way_out}.")
 
 
 def main() -> None:
-    """Run the command line; an error that a user can cause is one sentence, and exit code 2 (settings) or 1."""
+    """Run the command line; an error that a user can cause is one sentence, and an exit code.
+
+    2: a setting, a file or a folder is wrong, or the disk is full. 1: a run failed on the way.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no word on optional packages that rsaft does without
-    sys.path.append(os.getcwd())  # so that `my_rewards:Sharpness` is found where rsaft is started
     logging.basicConfig(format="%(message)s", level=logging.WARNING if _rank() == 0 else logging.ERROR)
     try:
+        sys.path.append(os.getcwd())  # so that `my_rewards:Sharpness` is found where rsaft is started
         app()
-    except ConfigError as error:
+    except (ConfigError, RunDirectoryError, OSError) as error:
         _complain(error)
         sys.exit(2)
     except RsaftError as error:
@@ -239,14 +247,23 @@ def main() -> None:
         sys.exit(1)
 
 
-def _complain(error: RsaftError) -> None:
+def _complain(error: RsaftError | OSError) -> None:
     rank = _rank()
+    text = error if isinstance(error, RsaftError) else _sentence(error)
     if rank == 0:
-        print(f"rsaft: {error}", file=sys.stderr)
+        print(f"rsaft: {text}", file=sys.stderr)
     elif isinstance(error, ConfigError):  # the same on every process; torchrun ends all when the first one ends
         time.sleep(HEAD_START)
     else:
-        print(f"rsaft, process {rank}: {error}", file=sys.stderr)
+        print(f"rsaft, process {rank}: {text}", file=sys.stderr)
+
+
+def _sentence(error: OSError) -> str:
+    """What the operating system, or a library in its name, said."""
+    if error.strerror is None or isinstance(error, ConnectionError | TimeoutError):
+        return " ".join(str(error).split()) or type(error).__name__
+    where = f"'{error.filename}': " if error.filename else ""
+    return f"{where}{error.strerror}; name a path that can be read and written, on a disk with free space."
 
 
 def _finish(result: RunResult) -> None:

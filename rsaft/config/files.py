@@ -44,6 +44,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is missing, is not UTF-8, is not YAML, repeats a key, or holds no mapping.
     """
+    if path.is_dir():
+        raise ConfigError(f"config file '{path}': it is a folder; give the path of a YAML file.")
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else "; give the path of a YAML file."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rsaft.errors import ConfigError
+from rsaft.files import write_atomic
 from rsaft.metrics.figures import NUM_SLOTS, Line, data_uri, line_chart, tiles
 from rsaft.metrics.matched import at_matched_reward, common_levels, first_crossing, mean_interval
 from rsaft.metrics.records import GOLD, Run, by_prompt, curve, flat, number, read_run, scores, train_reward, truth
@@ -37,7 +37,7 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
 
     Raises:
         ConfigError: if there is no run.
-        RunDirectoryError: if a directory is no run directory, or a file in it is damaged.
+        RunDirectoryError: if a directory is no run directory, a file in it is damaged, or `out` cannot be written.
 
     Cost: about a second for two runs; no model is needed.
     """
@@ -63,12 +63,8 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         environment=_table([flat(run.environment) if run.environment else {} for run in found]),
         settings=_table([flat(run.config) if run.config else {} for run in found]),
     )
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, out)
-    return out
+    write_atomic(Path(out), page.encode("utf-8"))
+    return Path(out)
 
 
 def shown(value: float | None) -> str:

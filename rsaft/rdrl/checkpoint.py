@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rsaft.errors import CheckpointError
+from rsaft.files import fsync_directory
 from rsaft.rdrl.checkpoint_folder import (
     REPLACED,
     TEMPORARY,
@@ -32,7 +33,7 @@ from rsaft.rdrl.checkpoint_folder import (
     prune,
     step_of,
 )
-from rsaft.rdrl.manifest import FORMAT_VERSION, MANIFEST, Manifest, fsync_directory, seal, verify
+from rsaft.rdrl.manifest import FORMAT_VERSION, MANIFEST, Manifest, seal, verify
 
 __all__ = ["FORMAT_VERSION", "Checkpoint", "list_checkpoints", "load_checkpoint", "load_latest", "save_checkpoint"]
 

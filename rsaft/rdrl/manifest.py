@@ -16,6 +16,7 @@ import torch
 
 import rsaft
 from rsaft.errors import CheckpointError
+from rsaft.files import fsync_directory
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -131,15 +132,6 @@ def verify(folder: Path, *, step: int | None) -> Manifest:
     if unlisted := sorted(found - set(manifest.files)):
         raise _damaged(folder, unlisted[0], f"is not listed in {MANIFEST}, and a checkpoint holds nothing else")
     return manifest
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_file(folder: Path, name: str, entry: Entry) -> None:

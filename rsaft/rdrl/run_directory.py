@@ -17,7 +17,7 @@ import torch
 
 import rsaft
 from rsaft.errors import RunDirectoryError
-from rsaft.rdrl.manifest import fsync_directory
+from rsaft.files import write_atomic
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy", "pillow")
 
@@ -46,8 +46,6 @@ def locked(run: Path) -> Iterator[None]:
         ) from error
     try:
         _lock(descriptor, run)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
         os.ftruncate(descriptor, 0)
     finally:
@@ -67,6 +65,13 @@ def _lock(descriptor: int, run: Path) -> None:
         raise RunDirectoryError(
             f"run directory {run}: its file system cannot lock files ({error.strerror}); choose one on another disk."
         ) from error
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"run directory {run}: it cannot be written ({error.strerror}); free some space, or choose another one."
+        ) from error
 
 
 def write_json_atomic(path: Path, value: object) -> None:
@@ -74,7 +79,7 @@ def write_json_atomic(path: Path, value: object) -> None:
 
     Keys are sorted; floats keep every bit; NaN and infinities become null, which JSON has no words for.
     """
-    _write_atomic(path, (json.dumps(_finite(value), indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(path, (json.dumps(_finite(value), indent=1, sort_keys=True) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:
@@ -117,7 +122,7 @@ class JsonLines:
         old = path.read_bytes() if path.exists() else b""
         kept = b"" if resume_step is None else _kept_lines(path, old, resume_step)
         if kept != old or not path.exists():
-            _write_atomic(path, kept)
+            write_atomic(path, kept)
         self._file = path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -184,23 +189,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunDirectoryError(
-            f"{path} could not be written ({error.strerror}); what was there before is intact: free some space, or "
-            "choose a folder that can be written."
-        ) from error
 
 
 def _versions() -> dict[str, str | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rsaft.errors import MissingExtraError, RunDirectoryError
+from rsaft.files import write_atomic
 from rsaft.metrics.evaluate import Evaluation, image_grid
 from rsaft.rdrl.run_directory import JsonLines, environment, write_json_atomic
 
@@ -28,7 +30,7 @@ class RunFiles:
         self._run = run
         (run / "samples").mkdir(exist_ok=True)
         if description is not None:
-            (run / "config.yaml").write_text(description, encoding="utf-8")
+            write_atomic(run / "config.yaml", description.encode("utf-8"))
         write_json_atomic(run / "env.json", environment())
         kept = -1 if done is None else done
         self.metrics = JsonLines(run / "metrics.jsonl", kept)
@@ -43,7 +45,9 @@ class RunFiles:
             self._run / "samples" / f"{name}.json",
             {"step": done, "prompts": evaluation.prompts, "sample_ids": evaluation.sample_ids, "scores": scores},
         )
-        image_grid(evaluation.images[:grid]).save(self._run / "samples" / f"{name}.png")
+        picture = io.BytesIO()
+        image_grid(evaluation.images[:grid]).save(picture, "PNG")
+        write_atomic(self._run / "samples" / f"{name}.png", picture.getvalue())
 
     def sync(self) -> None:
         self.metrics.sync()

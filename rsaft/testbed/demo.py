@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rsaft.errors import ConfigError, RsaftError
+from rsaft.files import write_atomic
 from rsaft.flatten import RSAFT
 from rsaft.metrics import at_matched_reward, common_levels, write_report
 from rsaft.metrics.records import GOLD, Run, curve, read_records, read_run, train_reward
@@ -100,7 +101,7 @@ def main(
     summary = summarize(runs, {name: settings(name, world, count) for name in STEP_RULES})
     report = write_report([run.path for run in runs], out / "report.html", title=f"rsaft demo: {world}")
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
-    (out / "summary.json").write_text(text, encoding="utf-8")
+    write_atomic(out / "summary.json", text.encode("utf-8"))
     Console(highlight=False).print(results_table(summary))
     print(f"report: {report}")
     return summary
@@ -153,7 +154,7 @@ def prepare(run_dir: Path, wanted: Mapping[str, Any], *, fresh: bool) -> bool:
             f"demo: {run_dir} holds a run with other settings; choose another --out, or replace it with --fresh."
         )
     run_dir.mkdir(parents=True, exist_ok=True)
-    config.write_text(_description(wanted), encoding="utf-8")
+    write_atomic(config, _description(wanted).encode("utf-8"))
     records = _lines(run_dir / "metrics.jsonl")
     saved = (run_dir / "checkpoints" / f"step-{wanted['train']['steps']:06d}").is_dir()
     return not (saved and any(r.get("kind") == "eval" and r["step"] == wanted["train"]["steps"] for r in records))

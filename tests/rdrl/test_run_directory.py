@@ -78,8 +78,9 @@ def test_json_is_sorted_and_keeps_every_bit_of_a_float(tmp_path: Path) -> None:
 
 
 def test_a_json_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunDirectoryError, match=r"missing/a\.json could not be written .No such file"):
-        write_json_atomic(tmp_path / "missing" / "a.json", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=r"file/a\.json could not be written .its folder is a file"):
+        write_json_atomic(tmp_path / "file" / "a.json", 1)
 
 
 def test_the_environment_holds_no_secrets_names_or_paths(monkeypatch: pytest.MonkeyPatch) -> None:
