@@ -394,9 +394,9 @@ def test_a_process_killed_at_random_moments_always_leaves_a_good_checkpoint(serv
     save(tmp_path, 0)
     one_save = time.monotonic() - begun
     draw, reached = random.Random(0), [0]
-    for _ in range(20):
+    while len(reached) <= 20 or reached[-1] == 0:  # on a busy machine the first tries may be too short for any save
         pid = server.start("save_forever", folder=str(tmp_path))
-        time.sleep(draw.uniform(0.0, 6 * one_save))
+        time.sleep(draw.uniform(0.0, (6 + len(reached)) * one_save))
         os.kill(pid, signal.SIGKILL)
         assert server.wait(pid) == -signal.SIGKILL
         found = load_latest(tmp_path)
@@ -405,7 +405,6 @@ def test_a_process_killed_at_random_moments_always_leaves_a_good_checkpoint(serv
         assert_is_step(tmp_path, found.step)
         reached.append(found.step)
     assert reached == sorted(reached)
-    assert reached[-1] > 0
 
 
 def test_the_manifest_lists_every_other_file_with_its_size(tmp_path: Path) -> None:
