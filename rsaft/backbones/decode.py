@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rsaft.backbones.half import entering, leaving
 from rsaft.errors import NonFiniteError
 from rsaft.types import Images, Latents
 
@@ -41,7 +42,8 @@ def decode(vae: Any, latents: Latents) -> Images:
     if config.latents_mean is not None and config.latents_std is not None:
         mean, std = (z.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
         z = z * std + mean
-    decoded = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+    fp16 = vae.dtype == torch.float16
+    decoded = vae.decode((entering(z) if fp16 else z).to(vae.dtype), return_dict=False)[0]
     half = decoded.dtype in (torch.float16, torch.bfloat16)
     if half and not decoded.isfinite().all() and latents.isfinite().all():
         raise NonFiniteError(
@@ -49,4 +51,4 @@ def decode(vae: Any, latents: Latents) -> Images:
             "values that are not finite; load the backbone with vae_dtype fp32, or a checkpoint whose VAE was made for "
             "fp16."
         )
-    return to_images(decoded)
+    return to_images(leaving(decoded.float()) if fp16 else decoded)

@@ -13,6 +13,7 @@ from torch import nn
 from rsaft.backbones import prompt_cache as cache
 from rsaft.backbones.decode import decode
 from rsaft.backbones.family import Conditioning, Family, stacked
+from rsaft.backbones.half import entering, leaving, unscale_gradients_of
 from rsaft.backbones.lora import LoRA
 from rsaft.errors import ConfigError
 from rsaft.schedules import Schedule
@@ -52,6 +53,8 @@ class DiffusersBackbone:
         self.source = source
         self.compute_dtype = compute_dtype
         self.latent_shape = family.latent_shape(pipe, resolution)
+        if compute_dtype == torch.float16:
+            unscale_gradients_of(self.parameters())
         self._negative_prompt = negative_prompt
         self._max_sequence_length = max_sequence_length
         self._has_text_encoders = True
@@ -150,12 +153,18 @@ class DiffusersBackbone:
 
     def _predict(self, x_t: Latents, t: float, conditioning: Conditioning, guidance: float) -> Latents:
         """The network's output in the latents' dtype; a half-precision network sees them cast, and gives them back."""
+        dtype, fp16 = x_t.dtype, self.compute_dtype == torch.float16
         half = self.compute_dtype in (torch.float16, torch.bfloat16)
         with torch.autocast(x_t.device.type, dtype=self.compute_dtype) if half else nullcontext():
             out = self.family.predict(
-                self.network, x_t, t, conditioning, guidance=guidance, pixels_per_latent=self.pipe.vae_scale_factor
-            )
-        return out.to(x_t.dtype)
+                self.network,
+                entering(x_t) if fp16 else x_t,
+                t,
+                conditioning,
+                guidance=guidance,
+                pixels_per_latent=self.pipe.vae_scale_factor,
+            ).to(dtype)
+        return leaving(out) if fp16 else out
 
     def decode(self, latents: Latents) -> Images:
         """fp32 images in [0, 1], differentiable.

@@ -71,6 +71,44 @@ def test_a_gradient_in_bf16_points_the_same_way(tiny_of, family):
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98  # 0.5 % of noise in each of some ten layers
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("weight", [1.0, 1e-3])  # the gradient's norm is about 1e-4 times as large
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_small_gradient_does_not_underflow_in_fp16(tiny_of, family, weight, lora, recompute):
+    gradients = []
+    for settings in ({"dtype": "fp16", "vae_dtype": "fp16"}, {"dtype": "fp32"}):
+        backbone = load_backbone(tiny_of(family), lora=lora, **settings)
+        if lora is not None:
+            randomize_(backbone.parameters())
+        algorithm = DRaFT(k=2, sampling=Sampling(2, guidance=3.0), gradient_checkpointing=recompute)
+        rollout = algorithm.rollout(backbone, batch_of())
+        sample = rollout.tail(rollout.prefix())
+        value = weight * toy_reward(backbone.decode(sample.latents), sample.prompts).mean()
+        gradients.append(gradient_of(value, backbone.parameters()).double())
+    assert torch.cosine_similarity(*gradients, dim=0, eps=0) > 0.99
+    assert float(gradients[0].norm() / gradients[1].norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_gradients_at_the_latents_are_not_scaled_in_fp16(tiny_of):
+    gradients = []
+    for settings in ({"dtype": "fp16", "vae_dtype": "fp16"}, {"dtype": "fp32"}):
+        backbone = load_backbone(tiny_of("sd"), **settings)
+        x = initial_noise(backbone, seed=0, purpose="x", step=0, sample_ids=[0]).requires_grad_()
+        out = backbone.decode(backbone.denoiser(["a"], guidance=1, detach_unconditional=False)(x, 500.0))
+        gradients.append(gradient_of(1e-3 * toy_reward(out, ["a"]).sum(), [x]))
+    assert relative_difference(*gradients) < 0.05
+
+
+def test_backward_and_grad_agree_in_fp16(tiny_of):
+    backbone = load_backbone(tiny_of("sd"), lora=LoRA(rank=2, alpha=2), dtype="fp16")
+    by_grad = _gradient(backbone)[2]
+    rollout = DRaFT(sampling=Sampling(2, guidance=3.0)).rollout(backbone, batch_of())
+    sample = rollout.tail(rollout.prefix())
+    toy_reward(backbone.decode(sample.latents), sample.prompts).sum().backward()
+    assert torch.equal(torch.cat([p.grad.flatten() for p in backbone.parameters()]), by_grad)
+
+
 def test_the_decoder_stays_in_float32_unless_it_is_asked_not_to(tiny_of):
     assert load_backbone(tiny_of("sdxl"), dtype="fp16").pipe.vae.dtype == torch.float32
     half = load_backbone(tiny_of("sd3"), dtype="bf16", vae_dtype="bf16")
