@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rsaft.cli.arguments import rank, refuse_filled, run_directory, split_settings
 from rsaft.errors import ConfigError, RsaftError, RunDirectoryError
 
 if TYPE_CHECKING:
+    from rsaft.config import RunConfig
     from rsaft.rdrl.run_result import RunResult
 
 app = typer.Typer(
@@ -30,6 +32,15 @@ HEAD_START = 3.0  # seconds that the first process has to speak, before another 
 Settings = Annotated[
     list[str],
     typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]", help="A run file, any overlays on it, and any single settings."),
+]
+
+Tiny = Annotated[
+    bool,
+    typer.Option(
+        "--tiny",
+        help="A tiny random model of the config's family, a toy reward and 3 updates: seconds on a CPU. Shows that "
+        "everything runs, and nothing else.",
+    ),
 ]
 
 
@@ -54,18 +65,31 @@ def train(
         # --run-dir because torchrun takes --run for an abbreviation of an option of its own
         Path | None, typer.Option("--run", "--run-dir", help="Run directory; the first free runs/NAME-N by default.")
     ] = None,
+    tiny: Tiny = False,
 ) -> None:
     """Train a model.
 
     For example: rsaft train configs/sd15/draft_lv.yaml configs/overlays/rsa_ft.yaml train.lr=1e-4 --run DIR
     """
-    files, overrides = split_settings(settings)
-    from rsaft.config import build_trainer, load_config
+    files, config = _config_from(settings, tiny=tiny)
+    from rsaft.config import build_trainer
 
-    config = load_config(files, overrides)
-    folder = run_directory(run, files[0].stem)
+    folder = run_directory(run, f"{files[0].stem}-tiny" if tiny else files[0].stem)
     _say(f"run {folder}")
     _finish(build_trainer(config, folder).fit())
+
+
+@app.command()
+def check(settings: Settings, tiny: Tiny = False) -> None:
+    """Try a run without training: load all of it, take one sample's gradients, and estimate the peak memory.
+
+    For example: rsaft check configs/sdxl/draft_lv.yaml configs/overlays/rsa_ft.yaml
+    """
+    files, config = _config_from(settings, tiny=tiny)
+    _say(f"config   {', '.join(map(str, files))}: valid")
+    from rsaft.cli.check import check_run
+
+    check_run(config, _say)
 
 
 @app.command()
@@ -183,59 +207,13 @@ def report(
     _say(f"report {target}")
 
 
-def split_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """The YAML files and the overrides among the arguments; what holds a `=` and is no file is an override.
-
-    Raises:
-        ConfigError: if there is no file.
-    """
-    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
-    files = [Path(a) for a in arguments if a not in overrides]
-    if not files:
-        raise ConfigError("a run file is needed: rsaft train CONFIG.yaml [overlay.yaml...] [key=value...].")
-    return files, overrides
-
-
-def run_directory(chosen: Path | None, name: str) -> Path:
-    """The run directory that was chosen, if nothing is in it; else the first free runs/NAME-N.
-
-    Raises:
-        ConfigError: if the chosen one is not empty, or if several processes would have to agree on a free one.
-    """
-    if chosen is not None:
-        refuse_filled(chosen, "run", f"continue it with 'rsaft resume {chosen}', or choose another")
-        return chosen
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("run: several processes cannot agree on a free run directory; name one with --run-dir DIR.")
-    from rsaft.rdrl.run_directory import free_run_dir
-
-    return free_run_dir(name)
-
-
-def refuse_filled(folder: Path, option: str, way_out: str) -> None:
-    """Refuse a folder with something in it. Only the first process looks: it may be ahead of the others, and writing.
-
-    Raises:
-        ConfigError: if there is something in it, if it or what it lies in is a file, or if it cannot be written.
-    """
-    if _rank() > 0:
-        return
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"{option}: '{nearest}' is a file, and a folder is needed; choose another.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option}: '{nearest}' cannot be written; choose another folder.")
-    if nearest == folder and any(folder.iterdir()):
-        raise ConfigError(f"{option}: '{folder}' is not empty; {way_out}.")
-
-
 def main() -> None:
     """Run the command line; an error that a user can cause is one sentence, and an exit code.
 
     2: a setting, a file or a folder is wrong, or the disk is full. 1: a run failed on the way.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no word on optional packages that rsaft does without
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if _rank() == 0 else logging.ERROR)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if rank() == 0 else logging.ERROR)
     try:
         sys.path.append(os.getcwd())  # so that `my_rewards:Sharpness` is found where rsaft is started
         app()
@@ -248,14 +226,14 @@ def main() -> None:
 
 
 def _complain(error: RsaftError | OSError) -> None:
-    rank = _rank()
+    process = rank()
     text = error if isinstance(error, RsaftError) else _sentence(error)
-    if rank == 0:
+    if process == 0:
         print(f"rsaft: {text}", file=sys.stderr)
     elif isinstance(error, ConfigError):  # the same on every process; torchrun ends all when the first one ends
         time.sleep(HEAD_START)
     else:
-        print(f"rsaft, process {rank}: {text}", file=sys.stderr)
+        print(f"rsaft, process {process}: {text}", file=sys.stderr)
 
 
 def _sentence(error: OSError) -> str:
@@ -272,6 +250,22 @@ def _finish(result: RunResult) -> None:
         _say(f"stopped at step {result.step}; go on with: rsaft resume {result.run_dir}")
         sys.exit(128 + result.signal)
     _say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
+
+
+def _config_from(settings: list[str], *, tiny: bool) -> tuple[list[Path], RunConfig]:
+    """The files among the arguments of `train`, and the settings that all of them amount to."""
+    files, overrides = split_settings(settings)
+    from rsaft.config import load_config
+
+    config = load_config(files, overrides)
+    if tiny:
+        from rsaft.config.tiny import tiny as tiny_run
+
+        config = tiny_run(config)
+        # The model is saved and loaded at once, and cuts prompts after 12 tokens: nothing of that is news.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+    return files, config
 
 
 def _config_of(run: Path) -> Any:
@@ -297,10 +291,5 @@ def _commands() -> dict[str, str]:
 
 
 def _say(text: str) -> None:
-    if _rank() == 0:
+    if rank() == 0:
         print(text, flush=True)
-
-
-def _rank() -> int:
-    """This process's number as torchrun gives it; 0 outside."""
-    return int(os.environ.get("RANK", "0"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rsaft.backbones.export import Exported, check_format, export
-from rsaft.cli import refuse_filled
+from rsaft.cli.arguments import refuse_filled
 from rsaft.config import RunConfig
 from rsaft.config.assemble import load_model
 from rsaft.rdrl.trained import put_trained, trained_checkpoint

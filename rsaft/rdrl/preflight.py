@@ -106,7 +106,7 @@ def _guarded(reward: Reward, name: str, seen: dict[str, float], *, differentiabl
                 f"reward '{name}' is not differentiable: its score has no gradient, and the algorithm backpropagates "
                 "through it; keep it free of no_grad, detach, numpy and PIL, or list it under held_out."
             )
-        seen.setdefault(name, float(scores[0]))
+        seen.setdefault(name, float(scores[0].detach()))
         return scores
 
     return guarded

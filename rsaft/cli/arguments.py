@@ -1,0 +1,59 @@
+"""What the commands make of their arguments. Imports nothing that is slow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rsaft.errors import ConfigError
+
+
+def split_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The YAML files and the overrides among the arguments; what holds a `=` and is no file is an override.
+
+    Raises:
+        ConfigError: if there is no file.
+    """
+    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
+    files = [Path(a) for a in arguments if a not in overrides]
+    if not files:
+        raise ConfigError("a run file is needed: rsaft train CONFIG.yaml [overlay.yaml...] [key=value...].")
+    return files, overrides
+
+
+def run_directory(chosen: Path | None, name: str) -> Path:
+    """The run directory that was chosen, if nothing is in it; else the first free runs/NAME-N.
+
+    Raises:
+        ConfigError: if the chosen one is not empty, or if several processes would have to agree on a free one.
+    """
+    if chosen is not None:
+        refuse_filled(chosen, "run", f"continue it with 'rsaft resume {chosen}', or choose another")
+        return chosen
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("run: several processes cannot agree on a free run directory; name one with --run-dir DIR.")
+    from rsaft.rdrl.run_directory import free_run_dir
+
+    return free_run_dir(name)
+
+
+def refuse_filled(folder: Path, option: str, way_out: str) -> None:
+    """Refuse a folder with something in it. Only the first process looks: it may be ahead of the others, and writing.
+
+    Raises:
+        ConfigError: if there is something in it, if it or what it lies in is a file, or if it cannot be written.
+    """
+    if rank() > 0:
+        return
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{option}: '{nearest}' is a file, and a folder is needed; choose another.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: '{nearest}' cannot be written; choose another folder.")
+    if nearest == folder and any(folder.iterdir()):
+        raise ConfigError(f"{option}: '{folder}' is not empty; {way_out}.")
+
+
+def rank() -> int:
+    """This process's number as torchrun gives it; 0 outside."""
+    return int(os.environ.get("RANK", "0"))
