@@ -15,6 +15,7 @@ from rsaft.backbones.comfyui import COMFYUI_FILE, comfyui_tensors
 from rsaft.backbones.lora import ADAPTER
 from rsaft.backbones.merged import save_merged
 from rsaft.backbones.pipeline import DiffusersBackbone
+from rsaft.backbones.quiet import silent_bars
 from rsaft.backbones.round_trip import adapter_difference, network_difference
 from rsaft.errors import ConfigError, ExportError
 
@@ -169,7 +170,8 @@ def _reloaded_by_diffusers(backbone: DiffusersBackbone, file: Path, *, exact: bo
 def _reloaded_network_difference(backbone: DiffusersBackbone, folder: Path, written: dict[str, Tensor]) -> float:
     kind, name = type(backbone.network), backbone.family.network
     dtype = next(backbone.network.parameters()).dtype
-    reloaded = kind.from_pretrained(folder, subfolder=name, dtype=dtype)
+    with silent_bars():
+        reloaded = kind.from_pretrained(folder, subfolder=name, dtype=dtype)
     return network_difference(backbone, reloaded, written, source=str(folder / name))
 
 
@@ -194,7 +196,6 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    _sort_header(path)
 
 
 def _sort_header(path: Path) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +13,7 @@ from rsaft.backbones.family import Family
 from rsaft.backbones.flux import FLUX
 from rsaft.backbones.lora import LoRA, attach
 from rsaft.backbones.pipeline import DiffusersBackbone
+from rsaft.backbones.quiet import silent_bars
 from rsaft.backbones.sd3 import SD3
 from rsaft.backbones.sdxl import SDXL
 from rsaft.backbones.stable_diffusion import STABLE_DIFFUSION
@@ -161,7 +159,7 @@ def _load(
     import diffusers
 
     try:
-        with _silent_bars():
+        with silent_bars():
             pipe = getattr(diffusers, family.pipeline).from_pretrained(
                 source,
                 dtype=dtypes,
@@ -179,24 +177,6 @@ def _load(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@contextmanager
-def _silent_bars() -> Iterator[None]:
-    """Without the bars of diffusers and transformers, and diffusers' note on an argument that it passes to itself."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    shown = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
-            yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
 
 
 def _parts(pipe: Any, family: Family) -> list[Any]:

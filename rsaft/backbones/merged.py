@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rsaft.backbones.lora import ADAPTER
 from rsaft.backbones.pipeline import DiffusersBackbone
-from rsaft.backbones.round_trip import layer_update, quiet
+from rsaft.backbones.quiet import silent_bars
+from rsaft.backbones.round_trip import layer_update
 from rsaft.errors import ConfigError
 
 
@@ -37,7 +38,7 @@ def save_merged(backbone: DiffusersBackbone, folder: Path) -> dict[str, Tensor]:
     network.load_state_dict(tensors, assign=True)
     pipe = copy.copy(backbone.pipe)  # shares every part but the one that is put in its place
     setattr(pipe, backbone.family.network, network)
-    with quiet():
+    with silent_bars():
         pipe.save_pretrained(folder, safe_serialization=True)
     return tensors
 

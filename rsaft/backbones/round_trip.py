@@ -6,11 +6,8 @@ weights layer by layer, and the denoiser's output on a fixed input.
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor
 
 from rsaft.backbones.lora import ADAPTER
 from rsaft.backbones.pipeline import DiffusersBackbone
+from rsaft.backbones.quiet import silent_reload
 from rsaft.errors import ExportError
 
 _BESIDE = "rsaft_beside"  # name of the reloaded adapter
@@ -45,7 +43,7 @@ def adapter_difference(
     network = backbone.network
     expected = probe(backbone)
     try:
-        with quiet(), torch.random.fork_rng(devices=[]):  # peft draws initial values before it loads the file's
+        with silent_reload(), torch.random.fork_rng(devices=[]):  # peft draws initial values before it loads the file's
             load(_BESIDE)
         if _BESIDE not in network.peft_config:
             raise ExportError(f"export to {source}: no adapter is found in the file; {_REPORT}.")
@@ -142,22 +140,3 @@ def _max_difference(a: Tensor, b: Tensor) -> float:
     """max |a - b|; infinite if one of them is not finite."""
     difference = float((a - b).abs().max())
     return difference if math.isfinite(difference) else math.inf
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without progress bars, and the notes of diffusers and peft on what is meant here: a second adapter, say."""
-    from transformers.utils import logging as transformers_logging
-
-    logger, bars = logging.getLogger("diffusers"), transformers_logging.is_progress_bar_enabled()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
