@@ -205,7 +205,7 @@ def build_backbone(
     Args:
         shape: what to build.
         device: where the weights are made and stay.
-        dtype: of the frozen network and of its arithmetic.
+        dtype: of the frozen network, and of its arithmetic.
         vae_dtype: of the decoder.
         checkpointing: recompute the network's and the decoder's blocks in the backward pass.
         compile: `torch.compile` the network.

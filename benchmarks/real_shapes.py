@@ -33,7 +33,7 @@ import diffusers
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.real_models import RANK, SHAPES, Shape, build_backbone, build_reward, reduced
+from benchmarks.real_models import RANK, SHAPES, Shape, build_backbone, build_network, build_reward, reduced
 from benchmarks.real_tables import report
 from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.flatten import RSAFT
@@ -118,6 +118,7 @@ class Settings:
     """How models are measured."""
 
     device: str
+    dtype: str  # of the network; a CPU emulates bf16, five times slower here than fp32
     batches: tuple[int, ...]
     recompute: str  # gradient checkpointing of network and decoder: off, on, or auto, where it does not fit without
     vae: str
@@ -153,7 +154,7 @@ def _measure_built(
         backbone = build_backbone(
             shape,
             device=settings.device,
-            dtype=torch.bfloat16,
+            dtype=DTYPES[settings.dtype],
             vae_dtype=DTYPES[settings.vae],
             checkpointing=recompute,
             compile=settings.compile,
@@ -174,11 +175,11 @@ def _measure_built(
 
 
 def _speed(flops: float, seconds: float, device: str) -> dict[str, float | None]:
-    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
-    return {
-        "tflops_per_second": flops / seconds / 1e12,
-        "mfu": None if peak is None else flops / seconds / peak,
-    }
+    """FLOP/s, and its share of the peak; none of a CPU, where the model is not the one whose FLOPs were counted."""
+    if device != "cuda":
+        return {"tflops_per_second": None, "mfu": None}
+    peak = peak_flops(torch.cuda.get_device_name())
+    return {"tflops_per_second": flops / seconds / 1e12, "mfu": None if peak is None else flops / seconds / peak}
 
 
 def _measure_step(
@@ -208,12 +209,12 @@ def _measure_step(
 
 
 def _timed(run: Callable[[], StepOutput], device: str) -> tuple[StepOutput, float, float]:
-    """Result, seconds, highest GiB allocated (weights included); 0 GiB on a CPU, where memory is not measured."""
+    """Result, seconds (on a CPU of this process, whatever else it does), highest GiB allocated (on a CPU 0)."""
     if device != "cuda":
-        begun = time.perf_counter()
+        begun = time.process_time()
         output = run()
-        return output, time.perf_counter() - begun, 0.0
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return output, time.process_time() - begun, 0.0
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start.record()
@@ -226,8 +227,7 @@ def _timed(run: Callable[[], StepOutput], device: str) -> tuple[StepOutput, floa
 def _release() -> None:
     """Give freed memory back, so that what did not fit leaves the next one all of it."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def hardware(device: str) -> str:
@@ -275,21 +275,20 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    settings = Settings(
-        "cuda" if gpu else "cpu", tuple(args.batches), args.recompute, args.vae, args.compile, args.repeats
-    )
+    device, dtype = ("cuda", "bf16") if gpu else ("cpu", "fp32")
+    settings = Settings(device, dtype, tuple(args.batches), args.recompute, args.vae, args.compile, args.repeats)
     results = started(settings, args.results)
     for name in args.models:
         begun = time.perf_counter()
         counted = count(SHAPES[name])
         shape = SHAPES[name] if gpu else reduced(SHAPES[name])
-        work = counted if gpu else count(shape)
+        built = sum(p.numel() for p in build_network(shape, device="meta", dtype=torch.float32).parameters())
         results["models"][name] = {
             "date": str(date.today()),
             "resolution": SHAPES[name].resolution,
             "counted": asdict(counted) | {f"step {step}": counted.step(step) for step in STEPS},
-            "built": {"parameters": work.parameters, "resolution": shape.resolution, "num_steps": shape.num_steps},
-            "rows": measure(shape, work, settings),
+            "built": {"parameters": built, "resolution": shape.resolution, "num_steps": shape.num_steps},
+            "rows": measure(shape, counted, settings),
         }
         write(results, args.results)
         print(f"{name}: done in {time.perf_counter() - begun:.0f} s", flush=True)

@@ -7,6 +7,14 @@ from typing import Any
 
 _SIZES = ("parameters", "lora", "decoder")
 _FLOPS = ("forward", "network", "decode", "reward", "step plain", "step RSA-FT")
+_GPU_NOTE = (
+    "Peak memory is all that is allocated, weights included. MFU is the counted FLOPs over the time and the dense bf16",
+    "peak; what gradient checkpointing (recompute) does twice is not counted.",
+)
+_CPU_NOTE = (
+    "The same blocks with fewer channels, an eighth of the resolution, four sampling steps. Seconds are those of one",
+    "thread's own work, and rough, as the ratios are; memory and FLOP/s are not measured.",
+)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -33,11 +41,10 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"## Measured {size}",
         "",
-        f"Network in bf16, decoder in {settings['vae']}, reward, LoRA, latents and images in fp32; the network is",
-        f"{'' if settings['compile'] else 'not '}compiled. Median of {settings['repeats']} after one to warm up; no "
-        "optimizer step. Peak memory is all that is",
-        "allocated, weights included. MFU is the counted FLOPs over the time and the dense bf16 peak; what gradient",
-        "checkpointing (recompute) does twice is not counted.",
+        f"Network in {settings['dtype']}, decoder in {settings['vae']}, reward, LoRA, latents and images in fp32;",
+        f"{'compiled' if settings['compile'] else 'not compiled'}; steps timed after one to warm up: "
+        f"{settings['repeats']} (median); no optimizer step.",
+        *(_GPU_NOTE if on_gpu else _CPU_NOTE),
         *(["", "No MFU: the peak of this device is not known here."] if on_gpu and not results["peak_flops"] else []),
         "",
         "| model | network M | px | T | batch | recompute | step | s | x plain | peak GiB | TFLOP/s | MFU | date |",
@@ -65,9 +72,10 @@ def _measured_line(name: str, entry: dict[str, Any], row: dict[str, Any]) -> str
     seconds = f"{row['seconds']:.3g}" + ("" if row["finite"] else " (a reward was not finite)")
     plain = _seconds_of_plain(entry["rows"], row)
     ratio = "" if plain is None else f"{row['seconds'] / plain:.2f}"
-    peak = "not measured" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
-    mfu = "none" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    return f"{start} {seconds} | {ratio} | {peak} | {row['tflops_per_second']:.3g} | {mfu} | {entry['date']} |"
+    peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+    speed = "" if row["tflops_per_second"] is None else f"{row['tflops_per_second']:.3g}"
+    mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    return f"{start} {seconds} | {ratio} | {peak} | {speed} | {mfu} | {entry['date']} |"
 
 
 def _seconds_of_plain(rows: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
