@@ -67,8 +67,13 @@ def trainer(config: RunConfig, run: Path) -> Trainer:
     from rsaft.rdrl.loop import Trainer
 
     parts = components(config)
+    backbone = load_model(config.model, seed=config.train.seed)
+    if config.model.prompt_cache is not None:
+        backbone.cache_prompts([*parts.prompts, *(parts.eval_prompts or ())])
+    if config.model.drop_text_encoders:
+        backbone.drop_text_encoders()
     return Trainer(
-        load_model(config.model, seed=config.train.seed),
+        backbone,
         algorithm=parts.algorithm,
         rewards=parts.rewards,
         objective=parts.objective,

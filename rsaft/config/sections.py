@@ -44,6 +44,7 @@ class Model:
     negative_prompt: str | None = None  # of guidance's unconditional branch; null: the checkpoint's own way
     max_sequence_length: int | None = None  # tokens that T5 reads (sd3: 256 by default, flux: 512)
     prompt_cache: str | None = None  # folder where encoded prompts are kept between runs
+    drop_text_encoders: bool = False  # once the run's prompts are in the prompt cache, free the encoders' memory
     vae_dtype: Precision | None = None  # the decoder's arithmetic; null is fp32 (fp64 for an fp64 model)
     vae_slicing: bool = False  # decode image by image
     vae_tiling: bool = False  # decode tile by tile; changes the image at the seams

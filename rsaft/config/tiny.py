@@ -69,6 +69,7 @@ def tiny_model(model: Model) -> Model:
         resolution=None,
         max_sequence_length=None,
         prompt_cache=None,
+        drop_text_encoders=False,
         compile=False,
     )
 

@@ -9,6 +9,7 @@ import torch
 
 import rsaft
 from rsaft.backbones import LoRA, export_weights, load_backbone
+from rsaft.config import build_trainer, validate
 from rsaft.errors import ConfigError
 from rsaft.sampling import Sampling
 from rsaft.testbed.tiny import TINY_FAMILIES, tiny_pipeline
@@ -145,3 +146,31 @@ def test_without_a_cache_nothing_can_be_cached_or_dropped(tiny_of):
         with pytest.raises(ConfigError, match=r"has no prompt cache; give load_backbone a prompt_cache"):
             call()
     assert backbone.pipe.text_encoder is not None
+
+
+def _config(tmp_path, **model):
+    (tmp_path / "train.txt").write_text("a cat\na dog\n")
+    (tmp_path / "eval.txt").write_text("a house\n")
+    return validate(
+        {
+            "model": {"path": "tiny:sd3", "lora": {"rank": 2}, **model},
+            "prompts": {"train": str(tmp_path / "train.txt"), "eval": str(tmp_path / "eval.txt")},
+            "algorithm": {"type": "draft", "sampling": {"num_steps": 2}},
+            "rewards": {"toy": {"type": "rsaft.testbed.toy:toy_reward"}},
+            "objective": {"type": "weighted_sum", "weights": {"toy": 1.0}},
+            "train": {"steps": 1, "batch_size": 2, "eval_samples": 2},
+        }
+    )
+
+
+def test_a_run_caches_its_prompts_and_trains_without_the_text_encoders(tmp_path):
+    config = _config(tmp_path, prompt_cache=str(tmp_path / "cache"), drop_text_encoders=True)
+    trainer = build_trainer(config, tmp_path / "run")
+    assert trainer.backbone.pipe.text_encoder is None
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # with the empty prompt
+    assert trainer.fit().step == 1
+
+
+def test_a_run_without_a_cache_cannot_drop_its_text_encoders(tmp_path):
+    with pytest.raises(ConfigError, match=r"no prompt cache; give load_backbone a prompt_cache"):
+        build_trainer(_config(tmp_path, drop_text_encoders=True), tmp_path / "run")
