@@ -6,15 +6,20 @@ the two that matter most also on real tiny networks. Float64.
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from functools import lru_cache
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 
+from rsaft import distributed
 from rsaft.backbones import LoRA, load_backbone
+from rsaft.config import to_dict, validate
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import AlignProp, DRaFT, DRTune, ImageScore, ReFL, WeightedSum, plain_step
 from rsaft.types import Algorithm, Batch, Rollout
@@ -36,7 +41,7 @@ from tests.reference.rsa_ft import rsa_ft_gradient
 
 KINDS = ("eps", "v", "flow")
 WEIGHTS = ("lora", "full")
-STEPS = range(3)  # updates, each with draws of its own
+STEPS = range(2)  # updates, each with draws of its own
 
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
 
@@ -183,6 +188,14 @@ def test_a_stopped_prefix_goes_on_to_the_same_state(name, kind):
 
 
 @every_trainer
+def test_an_unfinished_prefix_adds_no_step_with_gradient(name, kind):
+    for step in STEPS:
+        rollout = TRAINERS[name].rollout(kind, batch_of(step=step))
+        whole, early = rollout.tail(rollout.prefix()), rollout.tail(rollout.prefix(stop=0))
+        assert torch.equal(asserts.reward_gradient(kind, early), asserts.reward_gradient(kind, whole))
+
+
+@every_trainer
 def test_the_prefix_builds_no_graph(name, kind):
     asserts.assert_prefix_has_no_gradient(TRAINERS[name].rollout(kind, batch_of()), kind.network)
 
@@ -263,6 +276,42 @@ def test_rsa_ft_with_radius_zero_is_the_plain_step_bit_for_bit(name, toy):
         assert torch.equal(_gradient(RSAFT(0.0, 0.0, mode=mode, reuse=reuse), toy, rollouts), plain)
 
 
+def _rank(rank: int, world: int, folder: str) -> None:
+    """One process: its half of the batch with every trainer, the gradients averaged; the first one writes them."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    toy, ids = _toy(), range(4)[rank * 4 // world : (rank + 1) * 4 // world]
+    batch, found = batch_of(PROMPTS, step=1).select(ids), {}
+    for name, algorithm in TRAINERS.items():
+        gradient = [_gradient(RSAFT(0.2, 0.1), toy, [algorithm.rollout(toy, batch)])]
+        distributed.sum_(gradient)
+        found[name] = gradient[0] / world
+    if rank == 0:
+        torch.save(found, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory):
+    """The gradients of RSA-FT, by trainer, that two processes find together."""
+    folder = str(tmp_path_factory.mktemp("two"))
+    processes = [get_context("fork").Process(target=_rank, args=(rank, 2, folder), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return torch.load(f"{folder}/gradients.pt")
+
+
+@every_trainer
+def test_two_processes_give_the_gradient_of_one(name, of_two_processes):
+    toy = _toy()
+    one = _gradient(RSAFT(0.2, 0.1), toy, [TRAINERS[name].rollout(toy, batch_of(PROMPTS, step=1))])
+    assert relative_difference(of_two_processes[name], one) <= asserts.TOLERANCE
+
+
 class FailsAtCall:
     """A reward that raises at its n-th call."""
 
@@ -319,3 +368,18 @@ def test_a_trainers_settings_are_a_frozen_dataclass_with_defaults(name):
     assert kind() == kind()
     assert hash(kind()) == hash(kind())
     assert {"sampling", "gradient_checkpointing"} <= {f.name for f in fields(kind)}
+
+
+@every_trainer
+def test_a_trainer_is_named_in_yaml_and_resolved_settings_give_it_back(name):
+    algorithm = {"type": name.split("-")[0], **asdict(TRAINERS[name])}
+    config = {
+        "model": {"path": "testbed:fashion"},
+        "prompts": {"train": "testbed:fashion"},
+        "algorithm": algorithm,
+        "rewards": {"proxy": {"type": "testbed", "world": "fashion"}},
+        "objective": {"type": "hinge", "weights": {"proxy": 1.0}, "margin": 2.0, "scale": 1e-3},
+    }
+    found = validate(config)
+    assert found.algorithm == TRAINERS[name]
+    assert to_dict(found)["algorithm"] == algorithm
