@@ -25,17 +25,35 @@ def rank() -> int:
 
 @torch.no_grad()
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over processes. One collective for each dtype and device."""
+    """Replace each tensor by its sum over processes. One collective for each dtype and device.
+
+    The gradient of a sharded parameter is left as it is: it comes out of the backward pass summed.
+    """
     if world_size() == 1:
         return
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        if not is_sharded(tensor):
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in groups.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         dist.all_reduce(flat)
         for tensor, total in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it (FSDP's DTensor)."""
+    if world_size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # imports for a second, and one process needs none of it
+
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is. In place, changes reach the whole."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def barrier() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rsaft import distributed
 from rsaft.errors import ConfigError
 from rsaft.flatten.input import Norm, check_precision, check_radius, worst_case_delta
-from rsaft.flatten.weight import global_norm, perturbed, rounding_cosine, worst_case_eps
+from rsaft.flatten.weight import global_norm, gradients_of, perturbed, rounding_cosine, worst_case_eps
 from rsaft.types import Loss, Rollout, Sample, Score, StepOutput
 
 Mode = Literal["none", "input", "weight", "both"]
@@ -150,7 +150,7 @@ class RSAFT:
             view = score.view(sample)
             wanted = [view, *params] if with_delta else list(params)
             direction = score(view, sample).direction.sum()
-            gradients = list(torch.autograd.grad(direction, wanted, allow_unused=True, materialize_grads=True))
+            gradients = gradients_of(direction, wanted)
             if with_delta:
                 check_precision(view)
                 deltas[-1] = worst_case_delta(gradients.pop(0), self.rho, self.norm)

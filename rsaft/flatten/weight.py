@@ -8,15 +8,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from rsaft import distributed
 from rsaft.errors import ConfigError
 
 _TINY = 1e-12  # floor of the norm: a zero gradient gives a zero perturbation
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """One L2 norm over all tensors, accumulated in fp32 at least; 0-dim."""
-    squares = [(t if t.dtype == torch.float64 else t.float()).square().sum() for t in tensors]
-    return torch.stack(squares).sum().sqrt()
+    """One L2 norm over all tensors, accumulated in fp32 at least; 0-dim.
+
+    Of tensors that are sharded over processes, all of them: it is the norm of the whole ones, on every process.
+    """
+    squares = [(t if t.dtype == torch.float64 else t.float()).square().sum() for t in map(distributed.local, tensors)]
+    total = torch.stack(squares).sum()
+    if distributed.is_sharded(tensors[0]):
+        distributed.sum_([total])
+    return total.sqrt()
+
+
+def gradients_of(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a scalar; zeros for a tensor that it does not depend on.
+
+    Args:
+        value: the scalar.
+        tensors: of which gradients are wanted. If they are sharded parameters (with anything before them), their
+            gradients are summed over processes, and no `.grad` may hold anything yet.
+    """
+    if not distributed.is_sharded(tensors[-1]):
+        return list(torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True))
+    for t in tensors:
+        t.retain_grad()
+    value.backward()  # FSDP brings gradients to the shards through .grad alone
+    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    return gradients
 
 
 def worst_case_eps(gradients: Sequence[Tensor], rho_w: float) -> list[Tensor]:
@@ -82,10 +108,12 @@ def rounding_cosine(params: Sequence[Tensor], eps: Sequence[Tensor], dtype: torc
     1 means that the network sees the intended perturbation; bf16 at norm 1e-2 leaves 0.2 to 0.4 on large models.
     """
     dots, squares, total = [], [], []
-    for p, e in zip(params, eps, strict=True):
+    for p, e in zip(map(distributed.local, params), map(distributed.local, eps), strict=True):
         seen = (p + e).to(dtype).to(p.dtype) - p.to(dtype).to(p.dtype)
         dots.append((seen * e).sum())
         squares.append(seen.square().sum())
         total.append(e.square().sum())
-    denominator = (torch.stack(squares).sum() * torch.stack(total).sum()).sqrt()
-    return float(torch.stack(dots).sum() / denominator.clamp_min(_TINY**2))
+    sums = torch.stack([torch.stack(dots).sum(), torch.stack(squares).sum(), torch.stack(total).sum()])
+    if distributed.is_sharded(params[0]):
+        distributed.sum_([sums])
+    return float(sums[0] / (sums[1] * sums[2]).sqrt().clamp_min(_TINY**2))

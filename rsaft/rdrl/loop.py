@@ -14,6 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rsaft import distributed
 from rsaft.backbones.export import export_weights
 from rsaft.backbones.pipeline import DiffusersBackbone
@@ -30,6 +32,7 @@ from rsaft.rdrl.run_directory import free_run_dir, locked
 from rsaft.rdrl.run_files import RunFiles, Trackers
 from rsaft.rdrl.run_result import RunResult, best_step
 from rsaft.rdrl.score import ImageScore, plain_step
+from rsaft.rdrl.sharding import assembled, export_assembled, part_of, shard_if_asked
 from rsaft.rdrl.signals import StopRequest
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.rdrl.update_record import nonfinite_sentence, update_record
@@ -89,6 +92,7 @@ class Trainer:
         self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(free_run_dir("run"))[0]
         self._description = description
         self._parts = micro_batch_ids(self.config, world=distributed.world_size(), rank=distributed.rank())
+        shard_if_asked(self.config, backbone, algorithm, step)
         c = self.config
         self.optimization = Optimization(
             backbone.parameters(),
@@ -208,30 +212,33 @@ class Trainer:
 
     def _save(self, done: int, files: RunFiles | None) -> None:
         """Write a checkpoint; only the first rank writes, all wait."""
+        tensors = self.optimization.tensors()
+        if isinstance(self._step_state, KeptEps):
+            tensors["step"] = {str(i): e for i, e in enumerate(self._step_state.eps)}
+        tensors = assembled(tensors)
         if files is not None:
             files.sync()
-            tensors = self.optimization.tensors()
             state = self.optimization.state() | {
                 "seed": self.config.seed,
                 "batch_size": self.config.batch_size,
                 "nonfinite_in_a_row": self._nonfinite_in_a_row,
                 "evaluations": self._evaluations,
-                "eps_age": None,
+                "eps_age": self._step_state.age if isinstance(self._step_state, KeptEps) else None,
             }
-            if isinstance(self._step_state, KeptEps):
-                tensors["step"] = {str(i): e for i, e in enumerate(self._step_state.eps)}
-                state["eps_age"] = self._step_state.age
             save_checkpoint(
                 self.run_dir / "checkpoints",
                 step=done,
                 tensors=tensors,
                 state=state,
                 keep=self.config.keep,
-                export=self._export,
+                export=lambda folder: self._export(folder, tensors),
             )
         distributed.barrier()
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if distributed.is_sharded(self.optimization.params[0]):
+            export_assembled(self.backbone, tensors.get("ema", tensors["weights"]), folder)
+            return
         with self.optimization.averaged():
             export_weights(self.backbone, folder)
 
@@ -251,7 +258,7 @@ class Trainer:
                 )
         self.optimization.restore(found.tensors, found.state)
         if found.state["eps_age"] is not None:
-            eps = [found.tensors["step"][str(i)].to(self.backbone.device) for i in range(len(found.tensors["step"]))]
+            eps = [part_of(found.tensors["step"][str(i)], p) for i, p in enumerate(self.optimization.params)]
             self._step_state = KeptEps(tuple(eps), found.state["eps_age"])
         self._nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
         self._evaluations = list(found.state["evaluations"])

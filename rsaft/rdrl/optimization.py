@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rsaft.errors import CheckpointError
 from rsaft.flatten.weight import global_norm, kept
+from rsaft.rdrl.sharding import part_of
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -113,7 +114,7 @@ class Optimization:
             found = {name: tensors["optimizer"].get(f"{i}.{name}") for name in _MOMENTS}
             if all(value is not None for value in found.values()):
                 self._adamw.state[p] = {
-                    name: value.clone() if name == "step" else value.to(p.device, copy=True)
+                    name: value.clone() if name == "step" else part_of(value, p)
                     for name, value in found.items()
                     if value is not None
                 }
@@ -148,4 +149,4 @@ def load_weights(params: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> Non
             "must agree; resume with the model and lora settings that the run began with."
         )
     for i, p in enumerate(params):
-        p.copy_(tensors[str(i)])
+        p.copy_(part_of(tensors[str(i)], p))

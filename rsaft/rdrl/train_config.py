@@ -23,6 +23,7 @@ class TrainConfig:
     lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
+    shard: bool = False  # split weights, gradients, AdamW and EMA over the processes (FSDP2); without an adapter only
     ema: float | None = None  # decay of the weights' moving average, which is then evaluated and exported
     eval_every: int = 25  # updates between evaluations; the first is before any update
     eval_samples: int = 64

@@ -1,4 +1,4 @@
-"""Several processes give one process's run: same prompts, same noise, same update."""
+"""Several processes give one process's run: same prompts, same noise, same update; also when they share the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,29 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rsaft.config import build_trainer, load_config
+from rsaft.flatten import worst_case_eps
+from rsaft.flatten.weight import global_norm, rounding_cosine
+from rsaft.rdrl.checkpoint import list_checkpoints
 from rsaft.testbed.tiny import TINY_FAMILIES
 from tests.helpers import tiny_folder, tiny_pipeline
 from tests.rdrl.fork_server import REPOSITORY, ForkServer
-from tests.rdrl.process_worker import KINDS, backbone, train
+from tests.rdrl.process_worker import RESUMED, backbone, cut_short, flattening_inputs, train, trainer
 
 CASES = [f"{name}-{what}-{kind}" for name in ("sd", "sd3") for what in ("full", "lora") for kind in ("plain", "rsaft")]
 CASES += ["flux-full-rsaft", "sd-full-share", "sd-full-every"]
-TRAINABLE = [kind for kind in KINDS if kind != "odd"]
-GRID = [f"{name}-{what}-{kind}" for name in TINY_FAMILIES for what in ("full", "lora") for kind in TRAINABLE]
+CASES += ["sd-sharded-plain", "sd-sharded-every", "sd3-sharded-rsaft"]
+REFUSED = ["sd-full-odd", "sd-sharded-share", "sd-ddp-plain", "sd-fsdp-plain"]
+
+GRID = [f"{name}-{what}-rsaft" for name in TINY_FAMILIES for what in ("full", "lora", "sharded")]
+GRID += [
+    f"{name}-{what}-{kind}"
+    for name in ("sd", "sd3", "flux")
+    for what in ("full", "sharded")
+    for kind in ("every", "cached", "micro", "lv", "k3")
+]
 
 
 @dataclass(frozen=True)
@@ -37,36 +49,54 @@ class Runs:
     models: dict[str, str]  # family -> folder
 
 
-def run_both(folder: Path, cases: Sequence[str], *, world: int, refused: Sequence[str] = ()) -> Runs:
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with ForkServer("tests.rdrl.process_worker") as server:
+        yield server
+
+
+def run_both(server: ForkServer, folder: Path, cases: Sequence[str], *, world: int, **also: Sequence[str]) -> Runs:
     """Train the cases here, and meanwhile by `world` processes, which are forked from one that imports torch once."""
     families = {case.partition("-")[0] for case in cases}
     models = {name: str(tiny_folder(folder / name, name)) for name in TINY_FAMILIES if name in families}
     runs = Runs(folder / "one", folder / "several", models)
     runs.one.mkdir()
     runs.several.mkdir()
-    together = {"models": models, "out": str(runs.several), "cases": cases, "refused": refused, "world": world}
-    with ForkServer("tests.rdrl.process_worker") as server:
-        started = [server.start("train", **together, rank=rank) for rank in range(world)]
-        train(models, str(runs.one), cases)
-        assert [server.wait(pid) for pid in started] == [0] * world
+    together: dict[str, Any] = {"models": models, "out": str(runs.several), "cases": cases, "world": world, **also}
+    started = [server.start("train", **together, rank=rank) for rank in range(world)]
+    train(models, str(runs.one), list(dict.fromkeys(map(alone, cases))))
+    assert [server.wait(pid) for pid in started] == [0] * world
     return runs
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return run_both(tmp_path_factory.mktemp("pair"), CASES, world=2, refused=["sd-full-odd"])
+def pair(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("pair")
+    return run_both(server, folder, CASES, world=2, refused=REFUSED, resumed=["sd-sharded-every"])
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return run_both(tmp_path_factory.mktemp("four"), GRID, world=4)
+def four(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return run_both(server, tmp_path_factory.mktemp("four"), GRID, world=4)
 
 
-def assert_same_weights(runs: Runs, case: str) -> None:
-    one, several = (load_file(folder / f"{case}.safetensors") for folder in (runs.one, runs.several))
-    assert one.keys() == several.keys()
-    for key in one:
-        torch.testing.assert_close(several[key], one[key], rtol=0, atol=1e-6)
+def alone(case: str) -> str:
+    """The case that one process trains to compare: alone it has nothing to shard."""
+    return case.replace("sharded", "full")
+
+
+def assert_same_weights(one: Path, several: Path) -> None:
+    """Every tensor of the last checkpoint: weights, moments, moving average, a kept epsilon, the export."""
+    first, second = tensors_of(one), tensors_of(several)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert float((first[key] - second[key]).abs().max()) <= 1e-6, key
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    last = list_checkpoints(run / "checkpoints")[-1]
+    files = {path.relative_to(last).as_posix(): load_file(path) for path in last.rglob("*.safetensors")}
+    return {f"{name}: {key}": tensor for name, tensors in files.items() for key, tensor in tensors.items()}
 
 
 def assert_same_records(one: Path, several: Path) -> None:
@@ -84,37 +114,99 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def sentences(runs: Runs, case: str) -> set[str]:
+    return {(runs.several / f"{case}-{rank}.txt").read_text() for rank in (0, 1)}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_give_the_weights_of_one(pair, case):
-    assert_same_weights(pair, case)
+    assert_same_weights(pair.one / alone(case), pair.several / case)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_log_the_records_of_one(pair, case):
-    assert_same_records(pair.one / case, pair.several / case)
+    assert_same_records(pair.one / alone(case), pair.several / case)
 
 
 @pytest.mark.parametrize("case", ["sd-full-plain", "sd3-lora-rsaft"])
 def test_the_compared_runs_move_their_weights_by_a_hundred_times_the_tolerance(pair, case):
     family, what, _ = case.split("-")
     before = backbone(pair.models[family], what).parameters()
-    after = load_file(pair.one / f"{case}.safetensors")
-    assert max(float((after[str(i)] - p.detach()).abs().max()) for i, p in enumerate(before)) > 1e-4
+    after = tensors_of(pair.one / case)
+    assert (
+        max(float((after[f"weights.safetensors: {i}"] - p.detach()).abs().max()) for i, p in enumerate(before)) > 1e-4
+    )
+
+
+@pytest.mark.parametrize("case", ["sd-sharded-plain", "sd3-sharded-rsaft"])
+def test_each_of_two_processes_holds_half_of_what_is_sharded(pair, case):
+    held = [float((pair.several / f"{case}-{rank}.share").read_text()) for rank in (0, 1)]
+    assert sum(held) == pytest.approx(1.0, abs=1e-12)
+    assert held == pytest.approx([0.5, 0.5], abs=0.02)
+    assert float((pair.several / f"{alone(case)}-1.share").read_text()) == 1.0
+
+
+def test_a_sharded_run_goes_on_bit_for_bit_after_a_stop(pair):
+    whole, again = (pair.several / name for name in ("sd-sharded-every", f"sd-sharded-every-{RESUMED}"))
+    assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    first, second = tensors_of(whole), tensors_of(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_one_process_goes_on_with_a_run_that_two_began_sharded(pair):
+    run = pair.one / f"sd-sharded-every-{RESUMED}"
+    cut_short(pair.several / "sd-sharded-every", run)
+    trainer(pair.models, run).fit(resume=True)
+    assert_same_weights(pair.one / "sd-full-every", run)
+    assert_same_records(pair.one / "sd-full-every", run)
+
+
+def test_the_model_card_of_a_sharded_run_names_the_class_that_diffusers_loads(pair):
+    card = (pair.several / "sd-sharded-plain" / "README.md").read_text(encoding="utf-8")
+    assert "pipe.unet = UNet2DConditionModel.from_pretrained(" in card
+
+
+def test_flattening_in_parts_is_flattening_of_the_whole(server, tmp_path):
+    started = [server.start("flatten_in_parts", out=str(tmp_path), rank=rank, world=2) for rank in (0, 1)]
+    assert [server.wait(pid) for pid in started] == [0, 0]
+    params, gradients = flattening_inputs()
+    eps = worst_case_eps(gradients, 0.1)
+    expected = {f"moved {i}": p + e for i, (p, e) in enumerate(zip(params, eps, strict=True))}
+    expected |= {"norm": global_norm(gradients), "cosine": torch.tensor(rounding_cosine(params, eps, torch.bfloat16))}
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert all(torch.equal(found[f"restored {i}"], p) for i, p in enumerate(params))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7)
 
 
 def test_every_process_refuses_a_batch_that_does_not_split_in_one_sentence(pair):
-    sentences = {(pair.several / f"sd-full-odd-{rank}.txt").read_text() for rank in (0, 1)}
-    assert sentences == {
+    assert sentences(pair, "sd-full-odd") == {
         "train.batch_size: 3 samples must split evenly over 2 processes and then into micro-batches of 1; choose a "
         "multiple of 2."
     }
 
 
+def test_every_process_refuses_what_a_sharded_network_cannot_do_in_one_sentence(pair):
+    assert sentences(pair, "sd-sharded-share") == {
+        "train.shard: processes evaluate equal parts, and 7 samples do not split over 2; set train.eval_samples to a "
+        "multiple of 2, or set train.shard to false."
+    }
+
+
+@pytest.mark.parametrize(("what", "found"), [("ddp", "DistributedDataParallel"), ("fsdp", "DTensor parameters")])
+def test_a_network_that_is_wrapped_already_is_refused_by_name(pair, what, found):
+    (sentence,) = sentences(pair, f"sd-{what}-plain")
+    assert sentence.startswith(f"processes: found {found};")
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", GRID)
 def test_four_processes_give_the_run_of_one_in_every_family(four, case):
-    assert_same_weights(four, case)
-    assert_same_records(four.one / case, four.several / case)
+    assert_same_weights(four.one / alone(case), four.several / case)
+    assert_same_records(four.one / alone(case), four.several / case)
 
 
 @pytest.mark.slow
@@ -143,6 +235,7 @@ def test_torchrun_trains_an_adapter_of_sdxl_from_a_config_as_one_process_does(tm
     assert done.returncode == 0, done.stderr[-3000:]
     build_trainer(load_config([config]), tmp_path / "one").fit()
     assert_same_records(tmp_path / "one", tmp_path / "two")
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
     pipe = tiny_pipeline("sdxl")
     pipe.load_lora_weights(tmp_path / "two" / "checkpoints" / "step-000002" / "adapter")
     assert pipe.get_list_adapters()["unet"]
