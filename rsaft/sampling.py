@@ -25,7 +25,7 @@ class Sampling:
     """How trajectories are sampled."""
 
     num_steps: int = 50  # sampling steps T of a trajectory
-    guidance: float = 7.5  # classifier-free guidance weight w; 1 turns it off
+    guidance: float = 7.5  # classifier-free guidance weight w; 1 turns it off. Flux: what the network is told
     detach_unconditional: bool = False  # stop the gradient in the unconditional branch (halves guidance's backward)
 
     def __post_init__(self) -> None:

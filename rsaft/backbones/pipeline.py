@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -130,6 +131,12 @@ class DiffusersBackbone:
         family is distilled from guided samples, w is an input of the network, and there is one branch only.
         """
         cond = self.encode(prompts)
+        if detach_unconditional and not self.family.classifier_free:
+            warnings.warn(
+                f"sampling.detach_unconditional: {self.family.pipeline} has no unconditional branch, so this changes "
+                "nothing; leave it out.",
+                stacklevel=2,
+            )
         if guidance == 1 or not self.family.classifier_free:
             return lambda x_t, t: self._predict(x_t, t, cond, guidance)
         uncond = self._unconditional(cond)

@@ -21,8 +21,14 @@ def ddim_schedule(scheduler: Any, num_steps: int) -> Schedule:
         num_steps: steps of the trajectory.
 
     Raises:
-        ConfigError: for a prediction type without a conversion, or more steps than there are noise levels.
+        ConfigError: for a scheduler without betas, a prediction type without a conversion, or more steps than there
+            are noise levels.
     """
+    if "beta_schedule" not in scheduler.config:
+        raise ConfigError(
+            f"scheduler: {type(scheduler).__name__} has no beta schedule, from which DDIM takes its noise levels; "
+            "use a checkpoint that has one."
+        )
     kind = scheduler.config.get("prediction_type")
     if kind not in _PREDICTIONS:
         raise ConfigError(

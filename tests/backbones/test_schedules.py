@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from rsaft.backbones import load_backbone
 from rsaft.backbones.schedules import ddim_schedule, flow_schedule
@@ -161,6 +161,11 @@ def test_a_schedule_leaves_the_scheduler_as_it_was():
 def test_a_prediction_type_without_a_conversion_is_refused():
     with pytest.raises(ConfigError, match=r"prediction_type: found 'sample', .*\['epsilon', 'v_prediction'\]"):
         ddim_schedule(DDIMScheduler(prediction_type="sample"), 5)
+
+
+def test_a_scheduler_without_betas_is_refused():
+    with pytest.raises(ConfigError, match=r"scheduler: EDMEulerScheduler has no beta schedule"):
+        ddim_schedule(EDMEulerScheduler(), 5)  # its noise levels would silently be DDIM's own
 
 
 def test_more_steps_than_noise_levels_are_refused():
