@@ -16,6 +16,7 @@ from rsaft.backbones.decode import decode
 from rsaft.backbones.family import Conditioning, Family, stacked
 from rsaft.backbones.half import entering, leaving, unscale_gradients_of
 from rsaft.backbones.lora import LoRA
+from rsaft.backbones.quiet import silent_truncation
 from rsaft.errors import ConfigError
 from rsaft.schedules import Schedule
 from rsaft.types import Denoiser, Images, Latents
@@ -81,6 +82,8 @@ class DiffusersBackbone:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """What the text encoders say of the prompts, from the prompt cache where there is one.
 
+        A prompt over an encoder's length (CLIP: 77 tokens) is cut there, in silence.
+
         Raises:
             ConfigError: if a prompt is not in the cache and the text encoders were dropped.
         """
@@ -96,7 +99,8 @@ class DiffusersBackbone:
                 f"prompt {prompts[0]!r:.60}: it is not in the prompt cache, and the text encoders were dropped; "
                 "pass it to cache_prompts before drop_text_encoders."
             )
-        return self.family.encode(self.pipe, prompts, self._max_sequence_length)
+        with silent_truncation():
+            return self.family.encode(self.pipe, prompts, self._max_sequence_length)
 
     @torch.no_grad()
     def cache_prompts(self, prompts: Sequence[str], *, batch_size: int = 16) -> None:

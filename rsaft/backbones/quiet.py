@@ -29,12 +29,24 @@ def silent_bars() -> Iterator[None]:
 @contextmanager
 def silent_reload() -> Iterator[None]:
     """Also without notes on a second adapter and on text encoders that the file has no keys for; errors are raised."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    with silent_bars(), _at_level(logging.CRITICAL, "diffusers"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        yield
+
+
+@contextmanager
+def silent_truncation() -> Iterator[None]:
+    """Without the notes on a prompt that is cut to the text encoder's length, which would come at every update."""
+    with _at_level(logging.ERROR, "diffusers"), _at_level(logging.ERROR, "transformers"):
+        yield
+
+
+@contextmanager
+def _at_level(level: int, name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
     try:
-        with silent_bars(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            yield
+        yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)

@@ -78,9 +78,13 @@ def test_prompts_are_encoded_once_for_a_trajectory(float64):
     assert calls.total == 2  # the prompts, and the empty one
 
 
-def test_a_prompt_over_the_encoders_length_is_truncated(float64):
-    long = "cat " * 40
-    assert torch.equal(float64.encode([long]).text, float64.encode([long + "dog"]).text)
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_a_prompt_over_the_encoders_length_is_cut_in_silence(tiny_of, family, caplog):
+    backbone, long = load_backbone(tiny_of(family)), "cat " * 40
+    cut, longer, other = (backbone.encode([p]).text for p in (long, long + "dog", "dog " + long))
+    assert torch.equal(cut, longer)
+    assert not torch.equal(cut, other)
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3"])
