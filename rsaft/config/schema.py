@@ -58,8 +58,9 @@ def _name(ref: dict[str, str]) -> str:
 
 
 def _describe(definition: dict[str, Any], cls: type) -> None:
-    """Add the class's first line, and the comment of each field."""
+    """Add the class's first line and the comment of each field, and that there are no other fields."""
     definition["description"] = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+    definition["additionalProperties"] = False  # older pydantic leaves it out
     for above, key, beside in _FIELD.findall(inspect.getsource(cls)):
         text = " ".join(line.strip().lstrip("# ") for line in [*above.splitlines(), beside] if line.strip())
         if key in definition.get("properties", {}) and text:
