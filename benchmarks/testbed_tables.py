@@ -1,152 +1,245 @@
-"""Tables of a study: gold against train reward and against steps, with paired bootstrap intervals over seeds.
+"""Tables of a study: gold and the other scores at matched train reward and against updates, method against plain.
 
-    python -m benchmarks.testbed_tables runs/study --world fashion --levels 0.2 0.3 0.4 0.5 0.6
+    python -m benchmarks.testbed_tables runs/study --world fashion
+    python -m benchmarks.testbed_tables runs/study --world shapes --methods plain half-lr weight-0.01 --levels 0.5 1.0
 
-Prints Markdown, and writes it with the numbers (JSON) and a plot to --results.
+Reads the finished cells of `benchmarks.testbed_study`; methods may have different seeds. Prints Markdown, and writes it
+with all numbers (JSON) and a plot to --results. A difference is over the seeds that a method shares with plain, and
+is given only if each of those runs, of both methods, reaches the level: else runs chosen by their reward are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import re
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from rsaft.metrics.matched import at_matched_reward, mean_interval, paired_bootstrap
+from rsaft.metrics.matched import at_matched_reward, common_levels, paired_bootstrap
 
 Cell = dict[str, Any]
+Cells = dict[str, dict[int, Cell]]  # method -> seed -> cell
+
+TRAIN, GOLD, S1 = "reward/train", "held_out/gold", "sharpness/train"
+MIN_PAIRS = 3  # with fewer, an interval over seeds is the seeds' own range, and only the mean difference is shown
+
+NOTES = """
+Mean over runs; without a difference, +- its standard error over seeds. In brackets: the mean difference to the plain
+runs of the same seeds, with its 95 % bootstrap interval over seeds (percentile below 10 seeds, where it is too narrow;
+none below 3). n: seeds in the difference. "2 of 5": the runs that reach the level; their mean is of runs chosen by
+their reward, so no difference is given. Evaluations are on the same prompts and noises in every run, so the spread over
+images is no part of a difference. "Best of the run" is a maximum over evaluations, and so too high, in every method.
+
+Methods: weight-RHO_W, input-RHO, both-RHO-RHO_W: RSA-FT. shareN: epsilon from one sample of N. everyN: kept for N
+updates. lastM, cached: only the last M steps, or those with gradient, sampled again at theta + epsilon. Controls:
+half-lr (half the learning rate), random-RHO_W (a random direction of that norm).
+"""
 
 
-def load(out: Path, world: str) -> dict[str, dict[int, Cell]]:
-    """Finished cells by method and seed."""
-    cells: dict[str, dict[int, Cell]] = defaultdict(dict)
+@dataclass(frozen=True)
+class Compared:
+    """One score of a method's runs at one place, and its difference to plain."""
+
+    values: dict[int, float]  # by seed: the runs that have one
+    runs: int
+    seeds: tuple[int, ...]  # shared with plain
+    difference: tuple[float, float, float] | None  # mean, low, high over them
+
+    @property
+    def mean(self) -> float | None:
+        return sum(self.values.values()) / len(self.values) if self.values else None
+
+    @property
+    def text(self) -> str:
+        """For a table."""
+        if self.mean is None:
+            return f"0 of {self.runs}"
+        text = f"{self.mean:.3f}"
+        if len(self.values) < self.runs:
+            return f"{text} ({len(self.values)} of {self.runs})"
+        if self.difference is None and self.runs > 1:
+            error = float(torch.tensor(list(self.values.values()), dtype=torch.float64).std()) / self.runs**0.5
+            return f"{text} +- {error:.3f}"
+        if self.difference is None:
+            return text
+        mean, low, high = self.difference
+        interval = f" [{low:+.3f}, {high:+.3f}]" if len(self.seeds) >= MIN_PAIRS else ""
+        return f"{text} ({mean:+.3f}{interval}, n={len(self.seeds)})"
+
+
+def compared(mine: Mapping[int, float | None], plain: Mapping[int, float | None] | None) -> Compared:
+    """A method's values against plain's, both by seed; None where a run has none.
+
+    The difference is None if they share no seed, or a run of a shared seed has no value.
+    """
+    values = {seed: value for seed, value in mine.items() if value is not None}
+    shared = sorted(mine.keys() & plain.keys()) if plain is not None else []
+    pairs = [(mine[s], plain[s]) for s in shared] if plain is not None else []
+    whole = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not whole or len(whole) < len(pairs):
+        return Compared(values, len(mine), tuple(shared), None)
+    a, b = (torch.tensor(column, dtype=torch.float64) for column in zip(*whole, strict=True))
+    return Compared(values, len(mine), tuple(shared), paired_bootstrap(a, b, seed=0))
+
+
+def load(out: Path, world: str) -> Cells:
+    """Finished cells by method and seed, plain first, then in the order of names and radii.
+
+    Raises:
+        SystemExit: if there is no plain cell, or cells were evaluated at different updates or learning rates.
+    """
+    cells: Cells = defaultdict(dict)
     for file in sorted((out / world).glob("*.json")):
         cell = json.loads(file.read_text())
         cells[cell["method"]][cell["seed"]] = cell
-    return dict(cells)
+    if "plain" not in cells:
+        raise SystemExit(f"{out / world}: there is no finished cell of plain to compare with; run the study first.")
+    for name, runs in cells.items():
+        for what in ("lr", "steps"):
+            found = {cell["lr"] if what == "lr" else tuple(column(cell, "step")) for cell in runs.values()}
+            if len(found) > 1:
+                raise SystemExit(f"{name}: its runs differ in {what}: {sorted(found)}; keep them in different folders.")
+    return {name: dict(sorted(cells[name].items())) for name in sorted(cells, key=_order)}
 
 
-def curve(cell: Cell, key: str) -> list[float]:
+def _order(name: str) -> tuple[bool, bool, str, list[float]]:
+    kind, *numbers = re.split(r"-(?=\d)", name)
+    return name != "plain", name != "half-lr", kind, [float(n) for n in numbers]
+
+
+def column(cell: Cell, key: str) -> list[float]:
+    """One score at each evaluation."""
     return [e[key] for e in cell["evaluations"]]
 
 
-def matched(cell: Cell, key: str, levels: list[float]) -> list[float | None]:
-    return at_matched_reward(curve(cell, "reward/train"), curve(cell, key), levels)
+def at_reward(cells: Cells, key: str, level: float) -> dict[str, Compared]:
+    """A score of each method where its runs first reach a train reward."""
+    values = {
+        name: {s: at_matched_reward(column(c, TRAIN), column(c, key), [level])[0] for s, c in runs.items()}
+        for name, runs in cells.items()
+    }
+    return {name: compared(mine, None if name == "plain" else values["plain"]) for name, mine in values.items()}
 
 
-def interval(values: list[float]) -> str:
-    mean, low, high = mean_interval(torch.tensor(values), seed=0)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+def at_step(cells: Cells, key: str, step: int) -> dict[str, Compared]:
+    """A score of each method after so many updates."""
+    values = {
+        name: {s: next((e[key] for e in c["evaluations"] if e["step"] == step), None) for s, c in runs.items()}
+        for name, runs in cells.items()
+    }
+    return {name: compared(mine, None if name == "plain" else values["plain"]) for name, mine in values.items()}
 
 
-def matched_table(cells: dict[str, dict[int, Cell]], key: str, levels: list[float], best: str) -> list[str]:
-    """One row a method: the score at each train reward, and its difference to plain over the seeds that both have."""
-    rows = [
-        f"| method | seeds | {best} | " + " | ".join(f"at {level:g}" for level in levels) + " |",
-        "|---|---|---|" + "---|" * len(levels),
+def best_of_run(cells: Cells, key: str) -> dict[str, Compared]:
+    """The largest value of each run, whenever it was."""
+    values = {name: {s: max(column(c, key)) for s, c in runs.items()} for name, runs in cells.items()}
+    return {name: compared(mine, None if name == "plain" else values["plain"]) for name, mine in values.items()}
+
+
+def table(cells: Cells, columns: Mapping[str, Mapping[str, Compared]]) -> list[str]:
+    """Markdown: one row a method, one column a place."""
+    rows = [f"| method | runs | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for name, runs in cells.items():
+        rows.append(f"| {name} | {len(runs)} | " + " | ".join(c[name].text for c in columns.values()) + " |")
+    return rows
+
+
+def reached_table(cells: Cells, levels: Sequence[float]) -> list[str]:
+    """Markdown: how many runs of each method reach each train reward."""
+    found = {f"{level:g}": at_reward(cells, TRAIN, level) for level in levels}
+    rows = [f"| method | {' | '.join(found)} |", "|---|" + "---|" * len(found)]
+    for name in cells:
+        counts = [f"{len(c[name].values)} of {c[name].runs}" for c in found.values()]
+        rows.append(f"| {name} | " + " | ".join(counts) + " |")
+    return rows
+
+
+def report(cells: Cells, world: str, levels: Sequence[float]) -> tuple[str, dict[str, Any]]:
+    """The Markdown page, and every number in it."""
+    first = next(iter(cells["plain"].values()))
+    steps = [int(s) for s in column(first, "step")]
+    others = sorted(k for k in first["evaluations"][0] if k.startswith("held_out/") and k != GOLD)
+    matched = {key: {f"{x:g}": at_reward(cells, key, x) for x in levels} for key in [GOLD, *others, S1]}
+    against = {key: {str(s): at_step(cells, key, s) for s in steps} for key in (GOLD, TRAIN, S1)}
+    best = {"best of the run": best_of_run(cells, GOLD)}
+    sections = [
+        ("Gold at matched train reward", table(cells, best | matched[GOLD])),
+        ("Runs that reach each train reward", reached_table(cells, levels)),
+        ("Gold against updates", table(cells, against[GOLD])),
+        ("Train reward against updates", table(cells, against[TRAIN])),
+        *((f"{key} at matched train reward", table(cells, matched[key])) for key in others),
+        ("S1 of the train reward (sharpness) at matched train reward", table(cells, matched[S1])),
+        ("S1 of the train reward against updates", table(cells, against[S1])),
     ]
-    for name, runs in cells.items():
-        columns = [interval([max(curve(c, key)) for c in runs.values()])]
-        for k, _ in enumerate(levels):
-            mine = {s: matched(c, key, levels)[k] for s, c in runs.items()}
-            values = {s: v for s, v in mine.items() if v is not None}
-            if not values:
-                columns.append("not reached")
-                continue
-            text = f"{sum(values.values()) / len(values):.3f}"
-            theirs = {s: matched(c, key, levels)[k] for s, c in cells.get("plain", {}).items()}
-            both = [s for s in values if theirs.get(s) is not None]
-            if name != "plain" and both:
-                a, b = torch.tensor([values[s] for s in both]), torch.tensor([theirs[s] for s in both])
-                mean, low, high = paired_bootstrap(a, b, seed=0)
-                text += f" ({mean:+.3f} [{low:+.3f}, {high:+.3f}], n={len(both)})"
-            columns.append(text)
-        rows.append(f"| {name} | {len(runs)} | " + " | ".join(columns) + " |")
-    return rows
+    counts = ", ".join(f"{name} {len(runs)}" for name, runs in cells.items())
+    lines = [f"# {world}: {sum(map(len, cells.values()))} runs ({counts})", NOTES.rstrip()]
+    for title, rows in sections:
+        lines += ["", f"## {title}", "", *rows]
+    numbers = {
+        part: {
+            key: {place: {name: asdict(c) for name, c in by.items()} for place, by in places.items()}
+            for key, places in scores.items()
+        }
+        for part, scores in {"at_train_reward": matched, "at_update": against, "best": {GOLD: best}}.items()
+    }
+    return "\n".join(lines) + "\n", numbers
 
 
-def steps_table(cells: dict[str, dict[int, Cell]], key: str) -> list[str]:
-    """Mean and standard error over seeds at each evaluated step."""
-    steps = sorted({e["step"] for runs in cells.values() for c in runs.values() for e in c["evaluations"]})
-    rows = ["| method | " + " | ".join(map(str, steps)) + " |", "|---|" + "---|" * len(steps)]
-    for name, runs in cells.items():
-        columns = []
-        for step in steps:
-            values = torch.tensor([e[key] for c in runs.values() for e in c["evaluations"] if e["step"] == step])
-            if not len(values):
-                columns.append("")
-                continue
-            error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-            columns.append(f"{float(values.mean()):.3f} ± {error:.3f}")
-        rows.append(f"| {name} | " + " | ".join(columns) + " |")
-    return rows
-
-
-def plot(cells: dict[str, dict[int, Cell]], path: Path) -> None:
-    """Gold against train reward, one line a run, one colour a method."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def plot(cells: Cells, levels: Sequence[float], path: Path) -> None:
+    """Mean over seeds of gold against train reward and updates; differences to plain at matched train reward."""
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for k, (name, runs) in enumerate(cells.items()):
-        for n, cell in enumerate(runs.values()):
-            gold, train, steps = curve(cell, "held_out/gold"), curve(cell, "reward/train"), curve(cell, "step")
-            style = {"color": f"C{k % 10}", "alpha": 0.8, "lw": 1.2, "label": name if n == 0 else None}
-            left.plot(train, gold, marker=".", **style)
-            right.plot(steps, gold, **style)
-    left.set(xlabel="train reward (base sigmas)", ylabel="gold")
-    right.set(xlabel="update", ylabel="gold")
-    left.legend(fontsize=7)
+        style = {"color": "black" if name == "plain" else f"C{k % 10}", "ls": ("-", "--", ":", "-.")[k // 10 % 4]}
+        gold, train = (
+            torch.tensor([column(c, key) for c in runs.values()], dtype=torch.float64) for key in (GOLD, TRAIN)
+        )
+        steps = column(next(iter(runs.values())), "step")
+        label = f"{name} ({len(runs)})"
+        left.plot(train.mean(0), gold.mean(0), marker=".", label=label, **style)
+        middle.plot(steps, gold.mean(0), marker=".", **style)
+        if name != "plain":
+            found = [(x, at_reward(cells, GOLD, x)[name].difference) for x in levels]
+            for x, (mean, low, high) in [(x, d) for x, d in found if d is not None]:
+                shifted = x + 0.012 * (levels[-1] - levels[0]) * (k - len(cells) / 2)
+                right.errorbar(shifted, mean, [[mean - low], [high - mean]], fmt="o", ms=3, color=style["color"])
+    left.set(xlabel="train reward (base sigmas)", ylabel="gold, mean over seeds")
+    middle.set(xlabel="update", ylabel="gold, mean over seeds")
+    right.set(xlabel="train reward", ylabel="gold: difference to plain, 95 % over seeds")
+    right.axhline(0, color="black", lw=0.8)
+    left.legend(fontsize=7, title="method (runs)", title_fontsize=7)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--world", default="fashion")
-    parser.add_argument("--methods", nargs="*", help="these only, in this order")
-    parser.add_argument("--levels", nargs="+", type=float, default=[0.2, 0.3, 0.4, 0.5, 0.6])
+    parser.add_argument("study", type=Path, help="--out of the study")
+    parser.add_argument("--world", default="fashion", choices=["fashion", "shapes"])
+    parser.add_argument("--methods", nargs="+", help="these only, in this order; plain always comes first")
+    parser.add_argument("--levels", nargs="+", type=float, help="train rewards; by default round ones of plain's range")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="rsa_ft")
     args = parser.parse_args()
     cells = load(args.study, args.world)
-    order = args.methods or sorted(cells, key=lambda name: (name != "plain", name))
-    cells = {name: cells[name] for name in order if name in cells}
-    held_out = sorted(k for k in next(iter(next(iter(cells.values())).values()))["evaluations"][0] if "held_out/" in k)
-    lines = [
-        f"# {args.world}: gold at matched train reward (paired difference to plain, 95 % bootstrap over seeds)",
-        "",
-    ]
-    lines += matched_table(cells, "held_out/gold", args.levels, "best gold of the run")
-    lines += ["", "## Gold against steps (mean ± standard error over seeds)", "", *steps_table(cells, "held_out/gold")]
-    lines += ["", "## Train reward against steps", "", *steps_table(cells, "reward/train")]
-    for key in [k for k in held_out if k != "held_out/gold"] + ["sharpness/train"]:
-        lines += [
-            "",
-            f"## {key} at matched train reward",
-            "",
-            *matched_table(cells, key, args.levels, "best of the run"),
-        ]
-    lines += [
-        "",
-        "Median seconds of an update (CPU, one thread, machine shared): "
-        + ", ".join(
-            f"{name} {sorted(c['update_seconds_median'] for c in runs.values())[len(runs) // 2]:.2f}"
-            for name, runs in cells.items()
-        )
-        + f". {platform.machine()}, torch {torch.__version__}.",
-        "",
-    ]
-    text = "\n".join(lines)
+    missing = sorted(set(args.methods or ()) - set(cells))
+    if missing:
+        raise SystemExit(f"--methods: no finished cell of {', '.join(missing)}; finished are {', '.join(cells)}.")
+    cells = {name: cells[name] for name in dict.fromkeys(["plain", *(args.methods or cells)])}
+    levels = sorted(args.levels or common_levels([column(c, TRAIN) for c in cells["plain"].values()], count=7))
+    text, numbers = report(cells, args.world, levels)
     print(text)
-    stem = args.results / f"{args.name}_{args.world}"
     args.results.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(cells, indent=None, separators=(",", ":")))
-    plot(cells, stem.with_suffix(".png"))
+    stem = args.results / f"{args.name}_{args.world}"
+    stem.with_suffix(".md").write_text(text, encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps({"levels": levels, **numbers, "cells": cells}) + "\n")
+    plot(cells, levels, stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":
