@@ -1,11 +1,13 @@
 """What each mode of RSA-FT costs against a plain DRaFT-1 step, in one process, and what it is worth.
 
-    python -m benchmarks.flatten_cost [--repeats 3] [--study benchmarks/results/rsa_ft_fashion.json]
+    python -m benchmarks.flatten_cost
+    python -m benchmarks.flatten_cost --problems narrow --modes weight "weight, share 1/16"
 
-Two models: the fashion testbed at T = 50, and a UNet of Stable Diffusion 1.5's shape with reduced width. Modes take
-turns, update by update, so that a busy machine slows all of them alike; the figures are medians. Peak memory is the
-process's own high-water mark above its level before the update (allocated GPU memory on a GPU). The outcome column is
-gold at matched train reward on the frozen testbed, from the finished study.
+Two models: the fashion testbed at T = 50, and a UNet of Stable Diffusion 1.5's shape with reduced width at T = 20.
+Modes take turns, update by update, so that a busy machine slows all of them alike; the figures are medians over the
+updates after the first (means, for an epsilon that is kept: its updates differ). Peak memory is the process's own
+high-water mark above its level before the update (allocated GPU memory on a GPU). The outcome column is gold at matched
+train reward on the frozen testbed, from the finished study. The results are written after each problem.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,36 +28,43 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
+from benchmarks.testbed_tables import GOLD, at_reward
 from rsaft import testbed
 from rsaft.backbones import load_backbone
 from rsaft.flatten import RSAFT
-from rsaft.metrics.matched import at_matched_reward, paired_bootstrap
 from rsaft.rdrl import DRaFT, ImageScore, WeightedSum, plain_step
 from rsaft.sampling import Sampling
 from rsaft.types import Backbone, Batch, Reward, Step
 
-MODES: dict[str, Step] = {
-    "plain": plain_step,
-    "input": RSAFT(1.0, 0.0, mode="input"),
-    "weight": RSAFT(0.0, 0.01, mode="weight"),
-    "both": RSAFT(1.0, 0.01, mode="both"),
-    "weight, cached": RSAFT(0.0, 0.01, mode="weight", reuse="cached"),
-    "weight, last 3": RSAFT(0.0, 0.01, mode="weight", reuse=3),
-    "weight, share 1/4": RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 4),
-    "weight, share 1/16": RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16),
-    "weight, every 4": RSAFT(0.0, 0.01, mode="weight", eps_every=4),
-}
-STUDY = {  # name of the same scheme in testbed_study.py
-    "plain": "plain",
-    "input": "input-1",
-    "weight": "weight-0.01",
-    "both": "both-1-0.01",
-    "weight, cached": "cached-0.01",
-    "weight, last 3": "last3-0.01",
-    "weight, share 1/4": "share4-0.01",
-    "weight, share 1/16": "share16-0.01",
-    "weight, every 4": "every4-0.01",
-}
+EVERY = 4  # updates that a kept epsilon serves
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A step, and what `benchmarks.testbed_study` calls it."""
+
+    step: Step
+    study: str
+
+
+def modes(rho: float, rho_w: float) -> dict[str, Mode]:
+    """All modes at the given radii; cost does not depend on them, the outcome does."""
+
+    def weight(study: str, **options: Any) -> Mode:
+        return Mode(RSAFT(0.0, rho_w, mode="weight", **options), f"{study}-{rho_w:g}")
+
+    return {
+        "plain": Mode(plain_step, "plain"),
+        "input": Mode(RSAFT(rho, 0.0, mode="input"), f"input-{rho:g}"),
+        "weight": weight("weight"),
+        "both": Mode(RSAFT(rho, rho_w, mode="both"), f"both-{rho:g}-{rho_w:g}"),
+        "weight, cached": weight("cached", reuse="cached"),
+        "weight, last 3": weight("last3", reuse=3),
+        "weight, share 1/4": weight("share4", eps_share=1 / 4),
+        "weight, share 1/16": weight("share16", eps_share=1 / 16),
+        "weight, every 4": weight("every4", eps_every=EVERY),
+        "weight, share 1/16, every 4": weight("share16every4", eps_share=1 / 16, eps_every=EVERY),
+    }
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,9 @@ def narrow_sd15(num_steps: int, batch_size: int) -> Problem:
     return Problem(title, backbone, lambda x, p: critic(x)[:, 0], ["a photo"], batch_size, num_steps)
 
 
+PROBLEMS = {"fashion": (fashion, 50), "narrow": (narrow_sd15, 20)}  # with the sampling steps of each
+
+
 def peak_memory(device: torch.device) -> tuple[Callable[[], None], Callable[[], float]]:
     """(reset, MiB above the level at the reset)."""
     if device.type == "cuda":
@@ -140,32 +153,23 @@ def peak_memory(device: torch.device) -> tuple[Callable[[], None], Callable[[], 
     return restart, lambda: read("VmHWM") - level[0]
 
 
-def measure(problem: Problem, repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds, ratio to plain, and peak MiB of each mode."""
-    score = ImageScore(problem.backbone, {"r": problem.reward}, WeightedSum({"r": 1.0}))
-    algorithm = DRaFT(k=1, sampling=Sampling(num_steps=problem.num_steps, guidance=1.0))
+def measure(problem: Problem, chosen: Mapping[str, Mode], repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds, ratio to plain, and peak MiB of each mode; the modes take turns, update by update."""
     params = problem.backbone.parameters()
-    reset, peak = peak_memory(problem.backbone.device)
-    states: dict[str, Any] = dict.fromkeys(MODES)
-    seconds: dict[str, list[float]] = {name: [] for name in MODES}
-    memory: dict[str, list[float]] = {name: [] for name in MODES}
-    rounds = 1 + max(repeats, 4)  # one to warm up; at least four, so that "every 4" is averaged over its period
-    for update in range(rounds):
-        ids = tuple(range(problem.batch_size))
-        prompts = tuple(problem.prompts[i % len(problem.prompts)] for i in ids)
-        for name, step in MODES.items():
+    states: dict[str, Any] = dict.fromkeys(chosen)
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    memory: dict[str, list[float]] = {name: [] for name in chosen}
+    for update in range(1 + repeats):  # one to warm up
+        for name, mode in chosen.items():
             for p in params:
                 p.grad = None
-            rollout = algorithm.rollout(problem.backbone, Batch(prompts, ids, step=update, seed=0))
-            reset()
-            begun = time.perf_counter()
-            states[name] = step([rollout], score, params, states[name]).state
-            if problem.backbone.device.type == "cuda":
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - begun
+            elapsed, peak, states[name] = one_update(problem, mode.step, update, states[name])
+            print(
+                f"{problem.title}: update {update} of {repeats}, {name}: {elapsed:.2f} s", file=sys.stderr, flush=True
+            )
             if update:
                 seconds[name].append(elapsed)
-                memory[name].append(peak())
+                memory[name].append(peak)
     average = {n: statistics.fmean(v) if "every" in n else statistics.median(v) for n, v in seconds.items()}
     return {
         name: {
@@ -173,64 +177,97 @@ def measure(problem: Problem, repeats: int) -> dict[str, dict[str, float]]:
             "ratio": average[name] / average["plain"],
             "peak_mib": statistics.median(memory[name]),
         }
-        for name in MODES
+        for name in chosen
     }
 
 
-def outcomes(study: Path, level: float) -> dict[str, str]:
-    """Gold at the train reward `level`, with the paired difference to plain, for each mode that the study holds."""
+def one_update(problem: Problem, step: Step, update: int, state: Any) -> tuple[float, float, Any]:
+    """(seconds, peak MiB, the step's state) of one update without the optimizer."""
+    ids = tuple(range(problem.batch_size))
+    prompts = tuple(problem.prompts[i % len(problem.prompts)] for i in ids)
+    algorithm = DRaFT(k=1, sampling=Sampling(num_steps=problem.num_steps, guidance=1.0))
+    score = ImageScore(problem.backbone, {"r": problem.reward}, WeightedSum({"r": 1.0}))
+    rollout = algorithm.rollout(problem.backbone, Batch(prompts, ids, step=update, seed=0))
+    reset, peak = peak_memory(problem.backbone.device)
+    reset()
+    begun = time.perf_counter()
+    state = step([rollout], score, problem.backbone.parameters(), state).state
+    if problem.backbone.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, peak(), state
+
+
+def outcomes(study: Path, level: float, chosen: Mapping[str, Mode]) -> dict[str, str]:
+    """Gold where the train reward is `level`, for each mode that the finished study holds."""
     if not study.exists():
         return {}
-    cells = json.loads(study.read_text())
-
-    def gold(cell: dict[str, Any]) -> float | None:
-        e = cell["evaluations"]
-        return at_matched_reward([x["reward/train"] for x in e], [x["held_out/gold"] for x in e], [level])[0]
-
-    result = {}
-    for mode, name in STUDY.items():
-        values = {s: v for s, c in cells.get(name, {}).items() if (v := gold(c)) is not None}
-        plain = {s: v for s, c in cells["plain"].items() if (v := gold(c)) is not None}
-        seeds = sorted(values.keys() & plain.keys())
-        if not seeds:
-            continue
-        a, b = torch.tensor([values[s] for s in seeds]), torch.tensor([plain[s] for s in seeds])
-        mean, low, high = paired_bootstrap(a, b, seed=0)
-        result[mode] = f"{float(a.mean()):.3f} ({mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(seeds)} seeds)"
-    return result
+    found = at_reward(json.loads(study.read_text())["cells"], GOLD, level)
+    return {name: found[mode.study].text for name, mode in chosen.items() if mode.study in found}
 
 
-def main() -> None:
+def page(results: Mapping[str, Any]) -> str:
+    """The Markdown of all problems measured so far."""
+    lines = ["# Cost of RSA-FT against a plain DRaFT-1 step"]
+    for found in results.values():
+        lines += [
+            "",
+            f"## {found['title']}",
+            "",
+            f"{found['measured']}.",
+            "",
+            f"| mode | s | x plain | peak MiB | {found['outcome']} |",
+            "|---|---|---|---|---|",
+        ]
+        for name, row in found["modes"].items():
+            worth = row["outcome"] or "not measured"
+            figures = f"{row['seconds']:.2f} | {row['ratio']:.2f} | {row['peak_mib']:.0f}"
+            lines.append(f"| {name} | {figures} | {worth} |")
+    return "\n".join(lines) + "\n"
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"plain and these: {'; '.join(modes(1, 1))}")
+    parser.add_argument("--repeats", type=int, default=EVERY, help=f"timed updates; a multiple of {EVERY}")
+    parser.add_argument("--steps", type=int, help="sampling steps; by default 50 for fashion and 20 for narrow")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rho", type=float, default=1.0, help="radius of the input modes, for the outcome")
+    parser.add_argument("--rho-w", type=float, default=0.01, help="radius of the weight modes, for the outcome")
     parser.add_argument("--study", type=Path, default=Path("benchmarks/results/rsa_ft_fashion.json"))
     parser.add_argument("--level", type=float, default=1.0, help="train reward at which gold is compared")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    if args.repeats < 1 or args.repeats % EVERY:
+        parser.error(f"--repeats: a kept epsilon serves {EVERY} updates, so a multiple of it; got {args.repeats}")
+    if unknown := set(args.modes or ()) - set(modes(args.rho, args.rho_w)):
+        parser.error(f"--modes: there is no {sorted(unknown)}; allowed are {list(modes(args.rho, args.rho_w))}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(1)
-    worth = outcomes(args.study, args.level)
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, one thread"
-    lines = [f"# Cost of RSA-FT against a plain DRaFT-1 step ({date.today()}, {hardware}, torch {torch.__version__})"]
-    tables = {}
-    for problem in (fashion(50, 16), narrow_sd15(50, 16)):
-        tables[problem.title] = measure(problem, args.repeats)
-        outcome = f"gold at train reward {args.level:g} (difference to plain)"
-        lines += [
-            "",
-            f"## {problem.title}",
-            "",
-            f"| mode | s | x plain | peak MiB | {outcome} |",
-            "|---|---|---|---|---|",
-        ]
-        for name, row in tables[problem.title].items():
-            lines.append(
-                f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {row['peak_mib']:.0f} | "
-                f"{worth.get(name, 'not measured') if problem.title.startswith('fashion') else ''} |"
-            )
-    print("\n".join(lines))
+    every = modes(args.rho, args.rho_w)
+    chosen = {name: mode for name, mode in every.items() if name == "plain" or name in (args.modes or every)}
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "flatten_cost.md").write_text("\n".join(lines) + "\n")
-    (args.results / "flatten_cost.json").write_text(json.dumps({"hardware": hardware, "tables": tables}, indent=1))
+    file = args.results / "flatten_cost.json"
+    results = json.loads(file.read_text()) if file.exists() else {}  # problems of earlier calls stay
+    for name in args.problems:
+        make, num_steps = PROBLEMS[name]
+        problem = make(args.steps or num_steps, args.batch)
+        worth = outcomes(args.study, args.level, chosen) if name == "fashion" else {}
+        rows = measure(problem, chosen, args.repeats)
+        results[name] = {
+            "title": problem.title,
+            "measured": f"{hardware}, torch {torch.__version__}, {date.today()}; {args.repeats} updates a mode, in turns",
+            "outcome": f"gold on fashion at train reward {args.level:g} (difference to plain)",
+            "modes": {mode: row | {"outcome": worth.get(mode)} for mode, row in rows.items()},
+        }
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        (args.results / "flatten_cost.md").write_text(page(results))
+        print(page({name: results[name]}), flush=True)
 
 
 if __name__ == "__main__":
