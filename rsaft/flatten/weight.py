@@ -84,7 +84,7 @@ def perturbed(params: Sequence[Tensor], eps: Sequence[Tensor]) -> Iterator[None]
         )
     with kept(params):
         with torch.no_grad():
-            for p, e in zip(params, eps, strict=True):
+            for p, e in zip(map(distributed.local, params), map(distributed.local, eps), strict=True):
                 p.add_(e)
         yield
 
@@ -92,12 +92,13 @@ def perturbed(params: Sequence[Tensor], eps: Sequence[Tensor]) -> Iterator[None]
 @contextmanager
 def kept(params: Sequence[Tensor]) -> Iterator[None]:
     """Whatever happens to the parameters' values inside, afterwards they are what they were, bit for bit."""
-    saved = [p.detach().clone() for p in params]
+    parts = [distributed.local(p.detach()) for p in params]
+    saved = [p.clone() for p in parts]
     try:
         yield
     finally:
         with torch.no_grad():
-            for p, value in zip(params, saved, strict=True):
+            for p, value in zip(parts, saved, strict=True):
                 p.copy_(value)
 
 

@@ -43,7 +43,7 @@ class Kind:
 
 # AdamW divides a gradient by its own size, so where one is nothing but rounding (1e-8), a weight may move by any part
 # of lr: with this one (the default is 2e-5) by 3e-7 in tiny Flux.
-CONFIG = TrainConfig(steps=2, batch_size=8, eval_every=2, eval_samples=8, save_every=2, lr=1e-4, ema=0.9)
+CONFIG = TrainConfig(steps=2, batch_size=8, eval_every=2, eval_samples=4, save_every=2, grid=1, lr=1e-4, ema=0.9)
 SAMPLING = Sampling(num_steps=3, guidance=2.0)
 DRAFT, RSA_FT = DRaFT(sampling=SAMPLING), RSAFT(0.1, 0.05)
 KINDS = {

@@ -27,17 +27,17 @@ from tests.rdrl.fork_server import REPOSITORY, ForkServer
 from tests.rdrl.process_worker import RESUMED, backbone, cut_short, flattening_inputs, train, trainer
 
 CASES = [f"{name}-{what}-{kind}" for name in ("sd", "sd3") for what in ("full", "lora") for kind in ("plain", "rsaft")]
-CASES += ["flux-full-rsaft", "sd-full-share", "sd-full-every"]
-CASES += ["sd-sharded-plain", "sd-sharded-every", "sd3-sharded-rsaft"]
+CASES += ["sd3-full-every", "sd3-sharded-every", "sd-sharded-rsaft"]
 REFUSED = ["sd-full-odd", "sd-sharded-share", "sd-ddp-plain", "sd-fsdp-plain"]
 
-GRID = [f"{name}-{what}-rsaft" for name in TINY_FAMILIES for what in ("full", "lora", "sharded")]
+WAYS = ("full", "lora", "sharded")
+GRID = [f"{name}-{what}-rsaft" for name in TINY_FAMILIES for what in WAYS]
+GRID += [f"{name}-{what}-{kind}" for name in ("sd", "sd3", "flux") for what in WAYS for kind in ("lv", "k3", "micro")]
 GRID += [
-    f"{name}-{what}-{kind}"
-    for name in ("sd", "sd3", "flux")
-    for what in ("full", "sharded")
-    for kind in ("every", "cached", "micro", "lv", "k3")
+    "sd-full-share",
+    *(f"sd-{what}-{kind}" for what in ("full", "sharded") for kind in ("plain", "every", "cached")),
 ]
+pytestmark = pytest.mark.timeout(600)  # the processes may have to share one core with others
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run_both(server: ForkServer, folder: Path, cases: Sequence[str], *, world: i
 @pytest.fixture(scope="module")
 def pair(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("pair")
-    return run_both(server, folder, CASES, world=2, refused=REFUSED, resumed=["sd-sharded-every"])
+    return run_both(server, folder, CASES, world=2, refused=REFUSED, resumed=["sd3-sharded-every"])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_the_compared_runs_move_their_weights_by_a_hundred_times_the_tolerance(p
     )
 
 
-@pytest.mark.parametrize("case", ["sd-sharded-plain", "sd3-sharded-rsaft"])
+@pytest.mark.parametrize("case", ["sd3-sharded-every", "sd-sharded-rsaft"])
 def test_each_of_two_processes_holds_half_of_what_is_sharded(pair, case):
     held = [float((pair.several / f"{case}-{rank}.share").read_text()) for rank in (0, 1)]
     assert sum(held) == pytest.approx(1.0, abs=1e-12)
@@ -147,7 +147,7 @@ def test_each_of_two_processes_holds_half_of_what_is_sharded(pair, case):
 
 
 def test_a_sharded_run_goes_on_bit_for_bit_after_a_stop(pair):
-    whole, again = (pair.several / name for name in ("sd-sharded-every", f"sd-sharded-every-{RESUMED}"))
+    whole, again = (pair.several / name for name in ("sd3-sharded-every", f"sd3-sharded-every-{RESUMED}"))
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     first, second = tensors_of(whole), tensors_of(again)
     assert first.keys() == second.keys()
@@ -155,16 +155,16 @@ def test_a_sharded_run_goes_on_bit_for_bit_after_a_stop(pair):
 
 
 def test_one_process_goes_on_with_a_run_that_two_began_sharded(pair):
-    run = pair.one / f"sd-sharded-every-{RESUMED}"
-    cut_short(pair.several / "sd-sharded-every", run)
+    run = pair.one / f"sd3-sharded-every-{RESUMED}"
+    cut_short(pair.several / "sd3-sharded-every", run)
     trainer(pair.models, run).fit(resume=True)
-    assert_same_weights(pair.one / "sd-full-every", run)
-    assert_same_records(pair.one / "sd-full-every", run)
+    assert_same_weights(pair.one / "sd3-full-every", run)
+    assert_same_records(pair.one / "sd3-full-every", run)
 
 
 def test_the_model_card_of_a_sharded_run_names_the_class_that_diffusers_loads(pair):
-    card = (pair.several / "sd-sharded-plain" / "README.md").read_text(encoding="utf-8")
-    assert "pipe.unet = UNet2DConditionModel.from_pretrained(" in card
+    card = (pair.several / "sd3-sharded-every" / "README.md").read_text(encoding="utf-8")
+    assert "pipe.transformer = SD3Transformer2DModel.from_pretrained(" in card
 
 
 def test_flattening_in_parts_is_flattening_of_the_whole(server, tmp_path):

@@ -30,7 +30,7 @@ def reason(folder: Path, *, algorithm: Any = None, step: Any = plain_step, confi
     ("settings", "sentence"),
     [
         ({"lora": rsaft.LoRA(rank=2)}, "an adapter's are small; set model.lora to null"),
-        ({"compile": True}, "set model.compile to false"),
+        pytest.param({"compile": True}, "set model.compile to false", marks=pytest.mark.slow),
         ({"dtype": "fp16"}, "set model.dtype to bf16 or fp32"),
         ({"algorithm": DRTune(k=2, sampling=FOUR_STEPS)}, "set algorithm.backend to graph"),
         ({"config": replace(CONFIG, eval_samples=5)}, "5 samples do not split over 2; set train.eval_samples to a"),
