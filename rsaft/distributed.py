@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rsaft.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -72,8 +74,19 @@ def gathered(part: T) -> list[T]:
 
 
 def join(device: torch.device) -> None:
-    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); nothing outside torchrun."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs); nothing outside torchrun.
+
+    Raises:
+        ConfigError: if the environment speaks of several processes, and does not say how to meet them.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if int(world) > 1 and not dist.is_initialized():
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"processes: WORLD_SIZE is {world} in the environment, and {', '.join(missing)} missing; start with "
+                "torchrun, which sets them all, or unset WORLD_SIZE to run alone."
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
