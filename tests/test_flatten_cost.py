@@ -1,0 +1,47 @@
+"""The cost table: every mode is one of the study's methods, and a problem's figures are written when it is done."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.flatten_cost import EVERY, main, modes
+from benchmarks.testbed_study import method
+
+
+def test_a_mode_and_the_studys_method_of_its_name_are_the_same_step():
+    for name, mode in modes(1.0, 0.01).items():
+        if name != "weight, share 1/16, every 4":  # the study has no such method yet
+            assert method(mode.study) == (mode.step, 1.0)
+
+
+def test_figures_are_written_after_a_problem_and_those_of_other_problems_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    earlier = {"title": "earlier", "measured": "long ago", "outcome": "", "modes": {}}
+    (tmp_path / "flatten_cost.json").write_text(json.dumps({"narrow": earlier}))
+    arguments = ["--problems", "fashion", "--modes", "input", "--steps", "1", "--batch", "1", "--results", tmp_path]
+    monkeypatch.setattr("sys.argv", ["flatten_cost", *map(str, arguments)])
+    main()
+    results = json.loads((tmp_path / "flatten_cost.json").read_text())
+    assert results["narrow"] == earlier
+    assert list(results["fashion"]["modes"]) == ["plain", "input"]
+    assert results["fashion"]["modes"]["plain"]["ratio"] == 1.0
+    assert results["fashion"]["modes"]["input"]["seconds"] > 0
+    page = (tmp_path / "flatten_cost.md").read_text()
+    assert "## earlier" in page
+    assert "| input |" in page
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": update " in line]
+    assert len(lines) == 2 * (1 + EVERY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), [(["--repeats", "3"], "a multiple of it; got 3"), (["--modes", "wight"], "['wight']")]
+)
+def test_arguments_without_a_meaning_are_refused(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("sys.argv", ["flatten_cost", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert sentence in capsys.readouterr().err
