@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from benchmarks.controls import RandomPerturbation
 from rsaft import testbed
 from rsaft.errors import RunDirectoryError
+from rsaft.files import write_atomic
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRaFT, WeightedSum, plain_step
 from rsaft.rdrl.loop import Trainer
@@ -51,9 +53,9 @@ def method(name: str) -> tuple[Step, float]:
     """The step and the factor of the learning rate that a method's name stands for.
 
     Names: plain, half-lr, weight-RHO, input-RHO, both-RHO-RHO_W, random-RHO_W, cached-RHO_W, lastM-RHO_W,
-    shareN-RHO_W (one of N samples), everyN-RHO_W.
+    shareN-RHO_W (one of N samples), everyN-RHO_W, shareNeveryM-RHO_W.
     """
-    kind, *numbers = name.split("-")
+    kind, *numbers = re.split(r"(?<!\de)-", name)  # 1e-3 is one number
     radii = [float(n) for n in numbers if n != "lr"]
     if name == "plain":
         return plain_step, 1.0
@@ -71,6 +73,8 @@ def method(name: str) -> tuple[Step, float]:
         return RSAFT(0.0, radii[0], mode="weight", reuse="cached"), 1.0
     if kind.startswith("last"):
         return RSAFT(0.0, radii[0], mode="weight", reuse=int(kind[4:])), 1.0
+    if both := re.fullmatch(r"share(\d+)every(\d+)", kind):
+        return RSAFT(0.0, radii[0], mode="weight", eps_share=1 / int(both[1]), eps_every=int(both[2])), 1.0
     if kind.startswith("share"):
         return RSAFT(0.0, radii[0], mode="weight", eps_share=1 / int(kind[5:])), 1.0
     if kind.startswith("every"):
@@ -86,22 +90,32 @@ def run_cell(
     if result.exists():
         return
     step, lr_factor = method(name)
-    s = replace(SETTINGS[world], lr=lr or SETTINGS[world].lr)
+    s = replace(SETTINGS[world], lr=(lr or SETTINGS[world].lr) * lr_factor)
     bed = testbed.load(world, base=base, rewards=rewards)
-    config = TrainConfig(
-        steps=s.steps,
-        seed=seed,
-        batch_size=s.batch_size,
-        lr=s.lr * lr_factor,
-        eval_every=s.eval_every,
-        eval_samples=s.eval_samples,
-        sharpness_rho=s.sharpness_rho,
-        save_every=10_000,
-        keep=1,
-    )
     run = out / world / "runs" / f"{name}.seed{seed}"
     begun, cpu = time.monotonic(), time.process_time()
-    fitted = Trainer(
+    fitted = trainer(bed, step, s, seed, run).fit(resume=True)
+    if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
+        raise SystemExit(128 + fitted.signal)
+    timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
+    cell: dict[str, Any] = {
+        "world": world,
+        "method": name,
+        "seed": seed,
+        "lr": s.lr,
+        "evaluations": list(fitted.evaluations),
+        "gold_standard_error": gold_errors(run),
+        "update_seconds_median": sorted(timing)[len(timing) // 2],
+        "wall_seconds": time.monotonic() - begun,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+    write_atomic(result, json.dumps(cell, indent=1).encode())
+    shutil.rmtree(run / "checkpoints")  # the curves are what is kept: a UNet a cell would fill the disk
+
+
+def trainer(bed: testbed.Testbed, step: Step, s: Settings, seed: int, run: Path) -> Trainer:
+    """The trainer of one cell."""
+    return Trainer(
         bed.backbone,
         algorithm=DRaFT(k=1, sampling=Sampling(num_steps=s.num_steps, guidance=1.0)),
         rewards={"train": bed.reward},
@@ -111,28 +125,19 @@ def run_cell(
         eval_prompts=list(bed.prompts_eval),
         held_out={**bed.held_out, "gold": bed.gold},
         measures={"gold": bed.gold.parts},
-        config=config,
+        config=TrainConfig(
+            steps=s.steps,
+            seed=seed,
+            batch_size=s.batch_size,
+            lr=s.lr,
+            eval_every=s.eval_every,
+            eval_samples=s.eval_samples,
+            sharpness_rho=s.sharpness_rho,
+            save_every=10_000,
+            keep=1,
+        ),
         run_dir=run,
-    ).fit(resume=True)
-    if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
-        raise SystemExit(128 + fitted.signal)
-    timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
-    cell: dict[str, Any] = {
-        "world": world,
-        "method": name,
-        "seed": seed,
-        "lr": s.lr * lr_factor,
-        "evaluations": list(fitted.evaluations),
-        "gold_standard_error": gold_errors(run),
-        "update_seconds_median": sorted(timing)[len(timing) // 2],
-        "wall_seconds": time.monotonic() - begun,
-        "cpu_seconds": time.process_time() - cpu,
-    }
-    write_whole(result, cell)
-    for checkpoint in fitted.checkpoints:  # the curves are what is kept: a UNet a cell would fill the disk
-        for file in sorted(checkpoint.rglob("*"), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
-        checkpoint.rmdir()
+    )
 
 
 def gold_errors(run: Path) -> dict[str, float]:
@@ -143,13 +148,6 @@ def gold_errors(run: Path) -> dict[str, float]:
         gold = torch.tensor(record["scores"]["held_out/gold"], dtype=torch.float64)
         errors[str(record["step"])] = float(gold.std() / len(gold) ** 0.5)
     return errors
-
-
-def write_whole(path: Path, value: object) -> None:
-    """Write the JSON or nothing."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ from benchmarks.testbed_study import method
 
 def test_a_mode_and_the_studys_method_of_its_name_are_the_same_step():
     for name, mode in modes(1.0, 0.01).items():
-        if name != "weight, share 1/16, every 4":  # the study has no such method yet
-            assert method(mode.study) == (mode.step, 1.0)
+        assert method(mode.study) == (mode.step, 1.0), name
 
 
 def test_figures_are_written_after_a_problem_and_those_of_other_problems_stay(

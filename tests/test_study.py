@@ -1,0 +1,55 @@
+"""The study: what its methods' names stand for, and one cell from start to finish."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import testbed_study
+from benchmarks.controls import RandomPerturbation
+from benchmarks.testbed_study import SETTINGS, method, run_cell
+from rsaft.flatten import RSAFT
+from rsaft.rdrl import plain_step
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "factor"),
+    [
+        ("plain", plain_step, 1.0),
+        ("half-lr", plain_step, 0.5),
+        ("weight-1e-3", RSAFT(0.0, 0.001, mode="weight"), 1.0),
+        ("input-10", RSAFT(10.0, 0.0, mode="input"), 1.0),
+        ("both-1-0.01", RSAFT(1.0, 0.01, mode="both"), 1.0),
+        ("random-0.01", RandomPerturbation(0.01), 1.0),
+        ("cached-0.01", RSAFT(0.0, 0.01, mode="weight", reuse="cached"), 1.0),
+        ("last3-0.01", RSAFT(0.0, 0.01, mode="weight", reuse=3), 1.0),
+        ("share16-0.01", RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16), 1.0),
+        ("every4-0.01", RSAFT(0.0, 0.01, mode="weight", eps_every=4), 1.0),
+        ("share16every4-0.01", RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16, eps_every=4), 1.0),
+    ],
+)
+def test_a_name_stands_for_its_step_and_learning_rate(name: str, step: object, factor: float):
+    assert method(name) == (step, factor)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(SystemExit, match=r"(?s)no method 'wight-1'; .*half-lr"):
+        method("wight-1")
+
+
+def test_a_cell_holds_its_evaluations_at_its_own_learning_rate_and_is_not_trained_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small = replace(SETTINGS["fashion"], steps=1, batch_size=1, num_steps=1, eval_every=1, eval_samples=2)
+    monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
+    run_cell("fashion", "half-lr", 3, tmp_path, None, None, None)
+    file = tmp_path / "fashion" / "half-lr.seed3.json"
+    cell = json.loads(file.read_text())
+    assert (cell["method"], cell["seed"], cell["lr"]) == ("half-lr", 3, small.lr / 2)
+    assert [e["step"] for e in cell["evaluations"]] == [0, 1]
+    assert set(cell["gold_standard_error"]) == {"0", "1"}
+    assert not (tmp_path / "fashion" / "runs" / "half-lr.seed3" / "checkpoints").exists()
+    written = file.stat().st_mtime_ns
+    run_cell("fashion", "half-lr", 3, tmp_path, None, None, None)
+    assert file.stat().st_mtime_ns == written
