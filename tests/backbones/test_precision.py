@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -26,8 +28,9 @@ def _gradient(backbone):
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=2)], ids=["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*product(FAMILIES, ("bf16", "fp16")), ("sd", "fp32"), ("sd", "fp64"), ("flux", "fp64")]
+)
 def test_trained_tensors_latents_images_and_gradients_are_at_least_float32(tiny_of, family, dtype, lora):
     backbone = load_backbone(tiny_of(family), lora=lora, dtype=dtype)
     latents, images, gradient = _gradient(backbone)
@@ -72,10 +75,8 @@ def test_a_gradient_in_bf16_points_the_same_way(tiny_of, family):
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, alpha=2)], ids=["full", "lora"])
-@pytest.mark.parametrize("weight", [1.0, 1e-3])  # the gradient's norm is about 1e-4 times as large
-@pytest.mark.parametrize("family", ["sd", "sd3"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_small_gradient_does_not_underflow_in_fp16(tiny_of, family, weight, lora, recompute):
+@pytest.mark.parametrize(("family", "recompute"), [("sd", False), ("sd", True), ("sd3", False)])
+def test_a_small_gradient_does_not_underflow_in_fp16(tiny_of, family, lora, recompute):
     gradients = []
     for settings in ({"dtype": "fp16", "vae_dtype": "fp16"}, {"dtype": "fp32"}):
         backbone = load_backbone(tiny_of(family), lora=lora, **settings)
@@ -84,7 +85,7 @@ def test_a_small_gradient_does_not_underflow_in_fp16(tiny_of, family, weight, lo
         algorithm = DRaFT(k=2, sampling=Sampling(2, guidance=3.0), gradient_checkpointing=recompute)
         rollout = algorithm.rollout(backbone, batch_of())
         sample = rollout.tail(rollout.prefix())
-        value = weight * toy_reward(backbone.decode(sample.latents), sample.prompts).mean()
+        value = 1e-3 * toy_reward(backbone.decode(sample.latents), sample.prompts).mean()  # its gradient is about 1e-7
         gradients.append(gradient_of(value, backbone.parameters()).double())
     assert torch.cosine_similarity(*gradients, dim=0, eps=0) > 0.99
     assert float(gradients[0].norm() / gradients[1].norm()) == pytest.approx(1, abs=0.05)
