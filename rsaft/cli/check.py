@@ -24,33 +24,60 @@ from rsaft.rdrl.preflight import StepReport, try_step
 COMFORTABLE = 0.9  # share of a device that tensors may take; the rest is for what an estimate cannot see
 
 
-def check_run(config: RunConfig, say: Callable[[str], None]) -> None:
+def check_run(config: RunConfig, say: Callable[[str], None], *, memory: int | None = None) -> None:
     """Load everything that a run needs, take the gradients of one sample, and estimate the run's peak memory.
 
     Args:
         config: the run.
         say: prints a line.
+        memory: bytes that the run may take; by default those of the device.
 
     Raises:
         ConfigError: if the run could not be trained.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = len(micro_batch_ids(config.train, world=world, rank=0)[0])
+    micro_batch_ids(config.train, world=world, rank=0)  # refuses what does not split evenly
     parts = components(config)
     say(f"files    {len(parts.prompts)} prompts, {len(parts.rewards)} rewards, {len(parts.held_out)} held out")
     backbone = load_model(config.model, seed=config.train.seed)
     say(f"model    {model_line(backbone)}")
     say(f"disk     {_disk_line(backbone, config)}")
     report = _one_step(backbone, config, parts, say)
-    plan = Planned(parts.algorithm, parts.rewards, parts.held_out, parts.step, parts.prompts, config.train)
-    estimate = estimate_memory(backbone, plan, world=world)
-    say(f"memory   estimated for one process, micro-batches of {micro}:")
-    for line in table(estimate):
-        say(line)
-    _verdict(backbone, config, plan, estimate, world, say)
+    if isinstance(config.algorithm, Custom) or isinstance(config.step, Custom):
+        say("memory   not estimated: code of your own for algorithm or step may not run without data")
+    else:
+        plan = Planned(parts.algorithm, parts.rewards, parts.held_out, parts.step, parts.prompts, config.train)
+        _memory(backbone, config, plan, world, device_memory(backbone.device) if memory is None else memory, say)
     if report is None:
         raise ConfigError("check: one sample does not fit the device's memory; see the estimate, and take less.")
     say("ready: rsaft train with the same arguments")
+
+
+def _memory(
+    backbone: DiffusersBackbone, config: RunConfig, plan: Planned, world: int, size: int, say: Callable[[str], None]
+) -> None:
+    """The estimate beside `size`, and if it does not fit, what each switch would save, the most first."""
+    estimate = estimate_memory(backbone, plan, world=world)
+    whose = (
+        "one process" if not config.train.shard else "a process that holds the whole network (train.shard splits it)"
+    )
+    say(f"memory   estimated for {whose}:")
+    for line in table(estimate):
+        say(line)
+    found = f"{_size(estimate.peak)} of {_size(size)} on {backbone.device}"
+    if estimate.peak <= COMFORTABLE * size:
+        say(f"         fits: {found}")
+        return
+    say(f"         {'tight' if estimate.peak <= size else 'too much'}: {found}; leave a tenth free")
+    savings = []
+    for switch, changed, module in _switches(backbone, config, plan):
+        with _recomputing(module):
+            savings.append((estimate.peak - estimate_memory(backbone, changed, world=world).peak, switch))
+    for saved, switch in sorted(savings, reverse=True):
+        if saved > 0.01 * estimate.peak:
+            say(f"         {switch:<40} saves {_size(saved)}")
+    if backbone.lora is None:
+        say("         model.lora={rank: 8}                     saves most of gradients, optimizer, EMA and step")
 
 
 def model_line(backbone: DiffusersBackbone) -> str:
@@ -126,32 +153,6 @@ def _disk_line(backbone: DiffusersBackbone, config: RunConfig) -> str:
             f"{_size(free)} are free; free some, or keep fewer."
         )
     return f"checkpoints take about {_size(need)}; {_size(free)} are free here"
-
-
-def _verdict(
-    backbone: DiffusersBackbone,
-    config: RunConfig,
-    plan: Planned,
-    estimate: MemoryEstimate,
-    world: int,
-    say: Callable[[str], None],
-) -> None:
-    """Whether it fits, and if not, what each switch would save."""
-    size = device_memory(backbone.device)
-    found = f"{_size(estimate.peak)} of {_size(size)} on {backbone.device}"
-    if estimate.peak <= COMFORTABLE * size:
-        say(f"         fits: {found}")
-        return
-    say(f"         {'tight' if estimate.peak <= size else 'too much'}: {found}; leave a tenth free. What would save:")
-    savings = []
-    for switch, changed, module in _switches(backbone, config, plan):
-        with _recomputing(module):
-            savings.append((estimate.peak - estimate_memory(backbone, changed, world=world).peak, switch))
-    for saved, switch in sorted(savings, reverse=True):
-        if saved > 0.01 * estimate.peak:
-            say(f"         {switch:<40} {_size(saved)} less")
-    if backbone.lora is None:
-        say("         model.lora={rank: 8}                     most of gradients, optimizer, EMA and step")
 
 
 def _switches(backbone: DiffusersBackbone, config: RunConfig, plan: Planned) -> Iterator[tuple[str, Planned, Any]]:

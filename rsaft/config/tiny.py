@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from rsaft.config.sections import FAMILIES, TESTBED, TINY, Custom, Model
+from rsaft.config.sections import FAMILIES, TINY, Custom, Model
 from rsaft.config.settings import RunConfig
 from rsaft.errors import ConfigError
 
@@ -31,7 +31,7 @@ def tiny(config: RunConfig) -> RunConfig:
     train = replace(
         config.train,
         steps=3,
-        batch_size=4,  # on 1, 2 or 4 processes
+        batch_size=2,  # so one or two processes
         micro_batch=None if config.train.micro_batch is None else 1,
         warmup_steps=min(config.train.warmup_steps, 1),
         eval_every=3,
@@ -53,17 +53,16 @@ def tiny(config: RunConfig) -> RunConfig:
 
 def tiny_model(model: Model) -> Model:
     """A tiny model of the same family, with the settings that make sense for it."""
-    family = "sd" if model.family is None and model.path.startswith(TESTBED) else model.family
     if model.path.startswith(TINY):
         return model
-    if family is None:
+    if model.family is None:
         raise ConfigError(
             f"config.model.family: --tiny takes a tiny model of the family of '{model.path}', so name it: "
             f"{', '.join(FAMILIES)}."
         )
     return replace(
         model,
-        path=f"{TINY}{family}",
+        path=f"{TINY}{model.family}",
         revision=None,
         variant=None,
         resolution=None,

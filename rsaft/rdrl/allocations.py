@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 _DEVICE = torch.ops.prim.device.default
 _MOVE = torch.ops.aten._to_copy.default
@@ -78,23 +78,28 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE:  # most calls on fake tensors are this question, and asking FakeTensorMode is slow
             return args[0].fake_device
-        args, kwargs = tree_map_only(Tensor, self._known, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if self._fake is not None and not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+            tensors = list(_tensors((*args, *kwargs.values())))
+        for tensor in tensors:
+            if tensor.untyped_storage()._cdata not in self._owner:
+                self.outside[self._part] += tensor.untyped_storage().nbytes()
+                self._watch(tensor, 0)
         if func is _READ_A_VALUE:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         if func is _MOVE and args[0].is_meta:
             kwargs = {key: value for key, value in kwargs.items() if key != "device"}  # there is no data to move
         out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._owner:
+        for tensor in _tensors(out if isinstance(out, list | tuple) else (out,)):
+            if tensor.untyped_storage()._cdata not in self._owner:
                 self._watch(tensor, tensor.untyped_storage().nbytes())
         return out
 
-    def _known(self, tensor: Tensor) -> Tensor:
-        """The tensor, or its fake, with a storage that has an owner."""
+    def _faked(self, tensor: Tensor) -> Tensor:
+        """The fake that stands for a real tensor, always the same one."""
         if self._fake is None or isinstance(tensor, FakeTensor):
-            if tensor.untyped_storage()._cdata not in self._owner:
-                self.outside[self._part] += tensor.untyped_storage().nbytes()
-                self._watch(tensor, 0)
             return tensor
         if id(tensor) not in self._real:
             storage = tensor.untyped_storage()
@@ -120,6 +125,15 @@ class Allocations(TorchDispatchMode):
         self._total += size
         if self._total > self._most:
             self.forget_peak()
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _moments(rehearsal: Rehearsal, run: Planned, micro: int, number: int) -> dic
     ]
     with rehearsal.begin() as allocations:
         with allocations.part("EMA"):
-            optimization = _optimization(rehearsal.params, run.config)
+            optimization = optimization_of(rehearsal.params, run.config)
         score = _Score(rehearsal, {name: rehearsal.reward(name, r) for name, r in run.rewards.items()})
         _update(rehearsal, optimization, updates, score, run.step)
         moments = {"update": allocations.peak.copy()}
@@ -172,7 +172,8 @@ def _evaluate(rehearsal: Rehearsal, run: Planned) -> None:
             stand_in(images, texts)
 
 
-def _optimization(params: Sequence[torch.nn.Parameter], config: TrainConfig) -> Optimization:
+def optimization_of(params: Sequence[torch.nn.Parameter], config: TrainConfig) -> Optimization:
+    """The optimizer, schedule and moving average of a run, for these parameters."""
     return Optimization(
         params,
         lr=config.lr,

@@ -96,9 +96,10 @@ def _guarded(reward: Reward, name: str, seen: dict[str, float], *, differentiabl
                 f"reward '{name}' returned {found} for {len(prompts)} image; it must return a tensor with one score an "
                 f"image, shape ({len(prompts)},)."
             )
-        if not bool(scores.isfinite().all()):
+        broken = scores[~scores.isfinite()]
+        if len(broken):
             raise ConfigError(
-                f"reward '{name}' gave {scores.tolist()} for an image of '{prompts[0]}'; training masks such samples, "
+                f"reward '{name}' gave {float(broken[0])} for an image of '{prompts[0]}'; training masks such samples, "
                 "and here there is no other; look at that reward."
             )
         if differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:

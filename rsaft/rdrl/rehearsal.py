@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rsaft.rdrl.allocations import Allocations, Price, price
@@ -39,7 +39,8 @@ class Rehearsal:
         self.params: list[Any] = []
         self.reward_prices: dict[str, Price] = {}
         self.not_traced: set[str] = set()
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        first = backbone.parameters()[0]  # may be fake itself: a model of true size without its weights
+        self._fake = first.fake_mode if isinstance(first, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
         self._backbone = backbone
         self._prompts = list(prompts)
         self._denoisers: dict[Any, Denoiser] = {}
