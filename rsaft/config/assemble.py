@@ -135,10 +135,12 @@ def _model_source(path: str) -> str:
 @functools.cache  # holds the folder until the process ends
 def _tiny_folder(family: TinyFamily) -> tempfile.TemporaryDirectory[str]:
     """A folder with the tiny random pipeline of a family, as a hub checkpoint would lie there."""
+    from rsaft.backbones.quiet import silent_bars
     from rsaft.testbed.tiny import tiny_pipeline
 
     folder = tempfile.TemporaryDirectory(prefix="rsaft-tiny-")
-    tiny_pipeline(family).save_pretrained(folder.name)
+    with silent_bars():
+        tiny_pipeline(family).save_pretrained(folder.name)
     return folder
 
 

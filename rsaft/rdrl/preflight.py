@@ -96,7 +96,7 @@ def _guarded(reward: Reward, name: str, seen: dict[str, float], *, differentiabl
                 f"reward '{name}' returned {found} for {len(prompts)} image; it must return a tensor with one score an "
                 f"image, shape ({len(prompts)},)."
             )
-        broken = scores[~scores.isfinite()]
+        broken = scores.detach()[~scores.isfinite()]
         if len(broken):
             raise ConfigError(
                 f"reward '{name}' gave {float(broken[0])} for an image of '{prompts[0]}'; training masks such samples, "

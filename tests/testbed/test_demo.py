@@ -15,7 +15,7 @@ from rich.console import Console
 import rsaft
 from rsaft.errors import ConfigError, RsaftError
 from rsaft.metrics.records import read_run
-from rsaft.testbed import DATA, Testbed, demo
+from rsaft.testbed import DATA, WORLDS, Testbed, demo
 from rsaft.testbed.processes import Job, run_side_by_side
 from tests.helpers import toy_reward
 from tests.metrics.conftest import write
@@ -151,6 +151,17 @@ def test_a_run_that_was_cut_off_is_to_be_resumed(tmp_path, missing):
 def test_counts_below_one_are_refused(tmp_path, wrong):
     with pytest.raises(ConfigError, match=">= 1; got 0"):
         demo.main(tmp_path, **wrong)
+
+
+def test_an_unknown_world_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match="no world 'fasion'; allowed: fashion, shapes"):
+        demo.main(tmp_path, world="fasion")
+
+
+def test_each_world_has_its_own_learning_rate():
+    rates = {world: demo.settings("plain", world, 3)["train"]["lr"] for world in WORLDS}
+    assert rates == demo.LR
+    assert len(set(rates.values())) == len(WORLDS)
 
 
 def test_a_summary_of_runs_without_evaluations_holds_nulls(tmp_path):
