@@ -264,6 +264,10 @@ def _save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     half = {k: copy.deepcopy(v).half() if isinstance(v, parts) else v for k, v in pipeline.components.items()}
     twin = StableDiffusionPipeline(**half, requires_safety_checker=False)
     twin.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):  # diffusers notes where a part was loaded from, a path of this machine
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _say(line: str) -> None:

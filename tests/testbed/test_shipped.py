@@ -40,6 +40,12 @@ def test_the_shipped_files_are_the_frozen_ones(name):
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in present.items()} == listed
 
 
+def test_the_shipped_files_name_no_place_of_the_machine_that_built_them():
+    texts = {path: path.read_text() for path in testbed.DATA.rglob("*.json") if path.name != "tokenizer.json"}
+    assert len(texts) > 10
+    assert not [path for path, text in texts.items() if '"/' in text]
+
+
 def test_the_shipped_worlds_are_small_and_the_photographs_licensed():
     assert sum(p.stat().st_size for p in testbed.DATA.rglob("*") if p.is_file()) < 20_000_000
     assert "MIT" in (testbed.DATA / "fashion" / "LICENSE").read_text()
