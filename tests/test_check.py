@@ -18,7 +18,8 @@ from rsaft.rdrl.memory import MemoryEstimate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAY = CONFIGS / "overlays" / "rsa_ft.yaml"
-RUNS = sorted(path for path in CONFIGS.rglob("draft_lv.yaml"))
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("overlays", "testbed"))
+CHECKED = ("sd15-draft_lv", "sdxl-alignprop", "sd3-refl", "sd35-drtune", "flux-draft_lv")  # the others: --runslow
 SD3 = CONFIGS / "sd3" / "draft_lv.yaml"
 
 OWN_REWARDS = """
@@ -48,7 +49,13 @@ def check(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_pa
     return run
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if name in CHECKED else pytest.mark.slow, id=name)
+        for name, path in {f"{path.parent.name}-{path.stem}": path for path in RUNS}.items()
+    ],
+)
 def test_every_shipped_run_passes_its_check_when_tiny(path: Path):
     lines: list[str] = []
     check_run(tiny(load_config([path])), lines.append)

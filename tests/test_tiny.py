@@ -25,15 +25,22 @@ OVERLAY = CONFIGS / "overlays" / "rsa_ft.yaml"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("overlays", "testbed"))
 
 
+WITH_RSA_FT = ("sd15-draft_lv", "sdxl-refl", "sd3-alignprop", "sd35-drtune", "flux-drtune")
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}-{path.stem}"
+
+
 def tiny_run(path: Path, *overlays: Path, settings: list[str] | None = None) -> RunConfig:
     return tiny(load_config([path, *overlays], settings or []))
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_every_shipped_run_with_rsa_ft_trains_saves_and_exports_when_tiny(path: Path, tmp_path: Path):
-    config = tiny_run(path, OVERLAY)
+def goes_through(path: Path, folder: Path, *overlays: Path) -> None:
+    """Train the tiny run: it ends, evaluates at both ends, moves the weights, and exports each of them."""
+    config = tiny_run(path, *overlays)
     assert config.model.path == f"tiny:{load_config([path]).model.family}"
-    trainer = build_trainer(config, tmp_path)
+    trainer = build_trainer(config, folder)
     before = [p.detach().clone() for p in trainer.backbone.parameters()]
     result = trainer.fit()
     assert result.step == 3
@@ -43,7 +50,38 @@ def test_every_shipped_run_with_rsa_ft_trains_saves_and_exports_when_tiny(path: 
     assert len(saved) == len(before)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def in_turn(path: Path, *, rsa_ft: bool) -> Any:
+    """Each run goes through once, plain or with RSA-FT; the other way round is slow."""
+    return pytest.param(
+        path, marks=() if rsa_ft == (name_of(path) in WITH_RSA_FT) else pytest.mark.slow, id=name_of(path)
+    )
+
+
+@pytest.mark.parametrize("path", [in_turn(path, rsa_ft=False) for path in RUNS])
+def test_every_shipped_run_trains_saves_and_exports_when_tiny(path: Path, tmp_path: Path):
+    goes_through(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", [in_turn(path, rsa_ft=True) for path in RUNS])
+def test_every_shipped_run_goes_through_with_rsa_ft(path: Path, tmp_path: Path):
+    goes_through(path, tmp_path, OVERLAY)
+
+
+def test_the_runs_with_rsa_ft_cover_every_family_and_every_trainer():
+    covered = [path for path in RUNS if name_of(path) in WITH_RSA_FT]
+    assert len(covered) == len(WITH_RSA_FT)
+    assert {path.parent.name for path in covered} == {path.parent.name for path in RUNS}
+    assert {path.stem for path in covered} == {path.stem for path in RUNS}
+
+
+def test_every_family_has_every_trainer():
+    names = ("draft_lv", "refl", "alignprop", "drtune")
+    assert {name_of(path) for path in RUNS} == {
+        f"{f}-{n}" for f in ("sd15", "sdxl", "sd3", "sd35", "flux") for n in names
+    }
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_a_tiny_run_is_itself_a_run_file(path: Path):
     config = tiny_run(path)
     assert validate(to_dict(config)) == config
