@@ -87,6 +87,7 @@ def load_backbone(
     pipe = _load(str(path_or_id), family, absent, dtypes, revision, variant, local_files_only)
     _freeze(pipe, family)
     network = getattr(pipe, family.network)
+    _refuse_guidance_input(network, family)
     lora = None if lora is None else replace(lora, targets=lora.targets or family.lora_targets)
     _make_trainable(network, lora, seed=seed, checkpointing=gradient_checkpointing)
     _set_up_decoder(pipe.vae, family, slicing=vae_slicing, tiling=vae_tiling, checkpointing=vae_checkpointing)
@@ -117,14 +118,12 @@ def _family_of(source: str, revision: str | None, local_files_only: bool) -> tup
     from diffusers import DiffusionPipeline
 
     try:
-        index = DiffusionPipeline.load_config(
-            source, revision=revision, local_files_only=local_files_only or Path(source).exists()
-        )
+        with silent_bars():
+            index = DiffusionPipeline.load_config(
+                source, revision=revision, local_files_only=local_files_only or Path(source).exists()
+            )
     except OSError as error:
-        raise ConfigError(
-            f"model '{source}': no diffusers pipeline (model_index.json) was found there or on the hub; "
-            "give a folder saved with save_pretrained, or a hub id."
-        ) from error
+        raise ConfigError(_why_not_found(source, revision, error)) from error
     for family in FAMILIES:
         if family.pipeline == index["_class_name"]:
             return family, [name for name in family.optional if not (index.get(name) or [None])[0]]
@@ -132,6 +131,23 @@ def _family_of(source: str, revision: str | None, local_files_only: bool) -> tup
         f"model '{source}': its pipeline is a {index['_class_name']}, and supported are "
         f"{[family.pipeline for family in FAMILIES]}; convert the checkpoint, or implement the Backbone Protocol for "
         "it."
+    )
+
+
+def _why_not_found(source: str, revision: str | None, error: OSError) -> str:
+    """diffusers speaks alike of a repository that is gated and of one that is not there; its error's context knows."""
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+
+    if isinstance(error.__context__, GatedRepoError):
+        return (
+            f"model '{source}': the hub keeps it behind a licence; accept that on the model's page, and log in with "
+            "`hf auth login`."
+        )
+    if isinstance(error.__context__, RevisionNotFoundError):
+        return f"model '{source}': the hub has no revision '{revision}' of it; give a branch, tag or commit it has."
+    return (
+        f"model '{source}': no diffusers pipeline (model_index.json) was found there or on the hub; "
+        "give a folder saved with save_pretrained, or a hub id."
     )
 
 
@@ -173,10 +189,30 @@ def _load(
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model '{source}': diffusers cannot load this {family.pipeline} (revision {revision}, variant {variant}): "
-            f"{reason}"
+            f"{reason}{_variants_line(source, variant)}"
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _variants_line(source: str, variant: str | None) -> str:
+    """Where a folder's files bear the name of a variant that was not asked for, it is what was meant."""
+    weights = [file.name for kind in ("safetensors", "bin") for file in Path(source).glob(f"*/*.*.{kind}")]
+    found = sorted({name.split(".")[1].split("-")[0] for name in weights} - {variant})
+    return f" (its files are of the variant {found}; set variant to it)" if found else ""
+
+
+def _refuse_guidance_input(network: Any, family: Family) -> None:
+    """A UNet distilled by consistency (LCM) takes guidance as an input, which the families here do not give it.
+
+    Raises:
+        ConfigError: if this is one.
+    """
+    if network.config.get("time_cond_proj_dim") is not None:
+        raise ConfigError(
+            f"model: this {family.pipeline}'s network takes guidance as an input (time_cond_proj_dim, as in LCM), "
+            "which is not supported; use a checkpoint without it."
+        )
 
 
 def _parts(pipe: Any, family: Family) -> list[Any]:

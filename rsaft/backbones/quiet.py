@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def silent_bars() -> Iterator[None]:
-    """Without the bars of diffusers and transformers, and diffusers' note on an argument that it passes to itself."""
+    """Without the bars of diffusers and transformers, and diffusers' notes on arguments that it passes itself."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -20,6 +20,7 @@ def silent_bars() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             yield
     finally:
         for log in shown:

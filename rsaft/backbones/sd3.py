@@ -10,6 +10,7 @@ from typing import Any
 
 from rsaft.backbones.family import Conditioning, Family, latent_size, pair, timesteps
 from rsaft.backbones.schedules import flow_schedule, resolution_shift
+from rsaft.errors import ConfigError
 from rsaft.schedules import Schedule
 from rsaft.types import Latents
 
@@ -56,11 +57,21 @@ def schedule(pipe: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> S
 
 
 def latent_shape(pipe: Any, resolution: tuple[int, int] | None) -> tuple[int, int, int]:
-    """The transformer's channels and, without a resolution, its own size."""
+    """The transformer's channels and, without a resolution, its own size.
+
+    Raises:
+        ConfigError: if the pixels do not divide, or go past the transformer's table of positions.
+    """
     config = pipe.transformer.config
     if resolution is None:
         return (config.in_channels, *pair(config.sample_size))
-    return (config.in_channels, *latent_size(pipe, resolution, patch=config.patch_size))
+    size = latent_size(pipe, resolution, patch=config.patch_size)
+    if max(size) > config.pos_embed_max_size * config.patch_size:
+        most = config.pos_embed_max_size * config.patch_size * pipe.vae_scale_factor
+        raise ConfigError(
+            f"resolution: this model's table of positions ends at {most} pixels of height and width; got {resolution}."
+        )
+    return (config.in_channels, *size)
 
 
 SD3 = Family(

@@ -43,5 +43,6 @@ STABLE_DIFFUSION = Family(
     predict=predict,
     schedule=lambda pipe, num_steps, latent_shape: ddim_schedule(pipe.scheduler, num_steps),
     latent_shape=latent_shape,
-    load_args={"safety_checker": None, "requires_safety_checker": False},
+    # The safety checker alone would read what the feature extractor makes; a merged export names neither.
+    load_args={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file
 
 from rsaft.backbones import LoRA, load_backbone
 from rsaft.errors import ConfigError
@@ -91,10 +94,57 @@ def test_a_resolution_that_does_not_divide_is_refused(tiny_of, family, multiple)
         load_backbone(tiny_of(family), resolution=0)
 
 
+def test_a_resolution_past_sd3s_table_of_positions_is_refused(tiny_of):
+    with pytest.raises(ConfigError, match=r"table of positions ends at 32 pixels .*; got \(32, 64\)"):
+        load_backbone(tiny_of("sd3"), resolution=(32, 64))
+
+
 @pytest.mark.parametrize("name", ["nobody/nothing", "missing/folder/of/parts", "x" * 200])
 def test_a_model_that_is_not_there_is_one_sentence(name):
     with pytest.raises(ConfigError, match=r"model '.*': no diffusers pipeline .* give a folder") as caught:
         load_backbone(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [("GatedRepoError", "behind a licence; accept .* `hf auth login`"), ("RevisionNotFoundError", "no revision 'v9'")],
+)
+def test_a_hub_that_refuses_a_model_says_why(monkeypatch, reason, message):
+    def refused(*args, **kwargs):
+        raise getattr(errors, reason)("401 or 404", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", refused)
+    with pytest.raises(ConfigError, match=rf"model 'some/model': .*{message}") as caught:
+        load_backbone("some/model", revision="v9")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub as a download leaves it: nobody/tiny with two revisions, of other weights each."""
+    repository = tmp_path / "models--nobody--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for seed, name in enumerate(("main", "v2")):
+        commit = str(seed) * 40
+        (repository / "refs" / name).write_text(commit)
+        tiny_pipeline("sd", seed=seed).save_pretrained(repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize(("revision", "seed"), [(None, 0), ("v2", 1), ("1" * 40, 1)])
+def test_a_hub_id_with_a_revision_is_loaded_from_the_local_files_in_silence(hub, revision, seed):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone = load_backbone("nobody/tiny", revision=revision, local_files_only=True)
+    expected = tiny_pipeline("sd", seed=seed).unet.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.network.state_dict().items())
+    assert backbone.source == "nobody/tiny"
+
+
+def test_a_hub_id_that_is_not_in_the_local_files_is_one_sentence(hub):
+    with pytest.raises(ConfigError, match=r"model 'nobody/other': no diffusers pipeline") as caught:
+        load_backbone("nobody/other", local_files_only=True)
     assert "\n" not in str(caught.value)
 
 
@@ -131,6 +181,72 @@ def test_a_variant_is_loaded(tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     loaded = load_backbone(tmp_path, variant="fp16").network.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in pipe.transformer.state_dict().items())
+
+
+def test_files_of_a_variant_that_was_not_asked_for_are_named(tmp_path):
+    tiny_pipeline("sd").save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ConfigError, match=r"its files are of the variant \['fp16'\]; set variant"):
+        load_backbone(tmp_path)
+
+
+def _same_weights(folder, pipe, **settings):
+    loaded = load_backbone(folder, **settings).pipe
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return all(
+        torch.equal(getattr(loaded, name).state_dict()[key], value)
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    )
+
+
+def test_weights_in_several_files_and_variants_of_some_parts_are_loaded(tmp_path):
+    # As SD3's on the hub: variants of the text encoders alone, T5 and the transformer in several files.
+    pipe = tiny_pipeline("sd3", seed=3)
+    pipe.save_pretrained(tmp_path)
+    for folder, part, settings in (
+        ("transformer", pipe.transformer, {"max_shard_size": "20KB"}),
+        ("text_encoder", pipe.text_encoder, {"variant": "fp16"}),
+        ("text_encoder_2", pipe.text_encoder_2, {"variant": "fp16"}),
+        ("text_encoder_3", pipe.text_encoder_3, {"variant": "fp16", "max_shard_size": "10KB"}),
+    ):
+        (whole,) = (tmp_path / folder).glob("*.safetensors")
+        part.save_pretrained(tmp_path / folder, **settings)
+        if folder == "transformer":
+            whole.unlink()
+    assert len(list((tmp_path / "transformer").glob("*-of-*.safetensors"))) > 1
+    assert len(list((tmp_path / "text_encoder_3").glob("model.fp16-*.safetensors"))) > 1
+    assert _same_weights(tmp_path, pipe, variant="fp16")
+    assert _same_weights(tmp_path, pipe)
+
+
+def test_a_checkpoint_with_bin_files_and_a_safety_checker_is_loaded_without_it(tmp_path):
+    # As Stable Diffusion 1.5 was published: pickled weights with position_ids, a checker and its feature extractor.
+    pipe = tiny_pipeline("sd", seed=3)
+    pipe.save_pretrained(tmp_path)
+    for file in list(tmp_path.rglob("*.safetensors")):
+        tensors, name = load_file(file), "diffusion_pytorch_model.bin"
+        if file.stem == "model":
+            tensors = {f"text_model.{key}": value for key, value in tensors.items()}
+            tensors["text_model.embeddings.position_ids"], name = torch.arange(12)[None], "pytorch_model.bin"
+        torch.save(tensors, file.with_name(name))
+        file.unlink()
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert _same_weights(tmp_path, pipe)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_network_that_takes_guidance_as_an_input_is_refused(tmp_path, family):
+    pipe = tiny_pipeline(family)
+    config = {key: value for key, value in pipe.unet.config.items() if not key.startswith("_")}
+    pipe.unet = type(pipe.unet)(**config | {"time_cond_proj_dim": 8})
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"network takes guidance as an input \(time_cond_proj_dim, as in LCM\)"):
+        load_backbone(tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["dtype", "vae_dtype"])
