@@ -6,17 +6,20 @@ from functools import cache
 
 import diffusers
 import pytest
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 import rsaft
 from rsaft.backbones import load_backbone
 from rsaft.backbones.flux import pack
 from rsaft.sampling import Sampling, initial_noise
+from rsaft.testbed.tiny import tiny_pipeline
 from tests.helpers import PROMPTS
 
 STEPS = 6
 PROMPTS = PROMPTS[2:]
 FLOW = ("sd3", "sd35", "flux", "schnell")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "clip_sample": False, "set_alpha_to_one": False}
 
 
 @cache
@@ -31,15 +34,15 @@ def _theirs(folder):
     return pipe
 
 
-def _difference(folder, guidance, call, **settings):
+def _difference(folder, guidance, call, steps=STEPS, **settings):
     """The largest difference of a pixel between our samples and the pipeline's."""
     backbone = load_backbone(folder, **settings)
-    images = rsaft.sample(backbone, PROMPTS, Sampling(STEPS, guidance=guidance), seed=5)
+    images = rsaft.sample(backbone, PROMPTS, Sampling(steps, guidance=guidance), seed=5)
     latents = initial_noise(backbone, seed=5, purpose="sample", step=0, sample_ids=range(len(PROMPTS)))
     height, width = (backbone.pipe.vae_scale_factor * n for n in backbone.latent_shape[1:])
     expected = _theirs(folder)(
         list(PROMPTS),
-        num_inference_steps=STEPS,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         latents=pack(latents) if backbone.family.name == "flux" else latents,
         height=height,
@@ -95,8 +98,6 @@ def test_samples_equal_the_pipelines_images_with_fewer_t5_tokens(tiny_of, family
 def test_samples_equal_the_pipelines_images_for_other_settings_of_a_checkpoint(
     tiny_of, name, tmp_path, record_property
 ):
-    from rsaft.testbed.tiny import tiny_pipeline
-
     call = {"max_sequence_length": 16} if name.startswith("sd3") else {}
     if name == "sdxl-encodes-empty":
         pipe = tiny_pipeline("sdxl")
@@ -114,6 +115,35 @@ def test_samples_equal_the_pipelines_images_for_other_settings_of_a_checkpoint(
         pipe = tiny_pipeline("sd", prediction_type="v_prediction")
     pipe.save_pretrained(tmp_path)
     difference = _difference(tmp_path, 3.0, call)
+    record_property("difference", difference)
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **BETAS),  # Stable Diffusion 1.x
+        DDIMScheduler(timestep_spacing="trailing", prediction_type="v_prediction", **BETAS, **ZERO_SNR),
+        EulerDiscreteScheduler(timestep_spacing="trailing", **BETAS),  # SDXL's distillates
+    ],
+    ids=["pndm", "v-zero-terminal-snr", "euler-trailing"],
+)
+def test_samples_equal_the_pipelines_images_on_a_checkpoints_own_grid(scheduler, tmp_path, record_property):
+    pipe = tiny_pipeline("sd", prediction_type=scheduler.config.prediction_type)
+    pipe.scheduler = scheduler
+    pipe.save_pretrained(tmp_path)
+    difference = _difference(tmp_path, 3.0, {}, steps=5)
+    record_property("difference", difference)
+    assert difference <= 1e-5
+
+
+def test_samples_equal_the_pipelines_images_of_sd35_larges_kind(tmp_path, record_property):
+    pipe = tiny_pipeline("sd35")  # Medium's second attention is taken out, the normalised queries stay
+    config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    pipe.register_modules(transformer=type(pipe.transformer)(**config | {"dual_attention_layers": ()}))
+    pipe.save_pretrained(tmp_path)
+    assert load_backbone(tmp_path).network.config.qk_norm == "rms_norm"
+    difference = _difference(tmp_path, 4.5, {"max_sequence_length": 16})
     record_property("difference", difference)
     assert difference <= 1e-5
 

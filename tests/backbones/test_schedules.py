@@ -140,6 +140,18 @@ def test_a_checkpoint_with_another_scheduler_keeps_its_noise_levels(tiny_sd, sch
     assert load_backbone(tmp_path).schedule(5) == load_backbone(tiny_sd).schedule(5)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_every_step_ends_at_the_noise_level_that_the_next_one_begins_with(spacing):
+    # diffusers' DDIM steps to t - 1000 // 6 on all three, and calls the network at the grid's next t.
+    scheduler = DDIMScheduler(**{**SD15, "timestep_spacing": spacing})
+    schedule = ddim_schedule(scheduler, 6)
+    levels = [float(scheduler.alphas_cumprod[int(t)]) ** 0.5 for t in schedule.timesteps]
+    assert schedule.alphas[:-1] == pytest.approx(levels)
+    scheduler.set_timesteps(6)
+    landings = scheduler.timesteps[:-1] - 1000 // 6
+    assert torch.equal(landings, scheduler.timesteps[1:]) == (spacing == "leading")
+
+
 def test_flow_grid_of_four_steps_by_hand():
     # sigma = 3 u / (1 + 2 u) for shift 3; diffusers' grid runs evenly from u = 1 to its own smallest level
     schedule = flow_schedule(FlowMatchEulerDiscreteScheduler(shift=1.0), 4)
