@@ -1,14 +1,18 @@
-"""The memory estimate of `rsaft check` beside what updates take on a CPU: `python -m benchmarks.memory_estimate`.
+"""The memory estimate of `rsaft check` beside what updates take.
 
-For each tiny family and way of training, a process of its own makes two updates and measures them twice:
+    python -m benchmarks.memory_estimate [--cases 0 9 13]
+
+For each tiny family and way of training, a process of its own makes two updates and measures them. On a CPU twice:
 
 - allocated: the peak of what torch's CPU allocator handed out, from the profiler's memory events;
 - RSS: growth of the process's peak resident memory (VmHWM, set back first), from after the model is loaded and a small
   update has loaded every library. glibc maps blocks over 64 KiB by themselves here (MALLOC_MMAP_THRESHOLD_), so that
   what is freed leaves the process; with glibc's own settings much of it stays, and RSS says less about the run.
 
-Both are increments over the loaded model, and so is the estimate beside them: on tiny models the interpreter and its
-libraries (about 500 MiB) would hide everything. Results: benchmarks/results/memory_estimate.{json,md}.
+On a GPU once: the growth of `torch.cuda.max_memory_allocated`; that path has not been run yet. All are increments over
+the loaded model, and so is the estimate beside them: on tiny models the interpreter and its libraries (about 500 MiB)
+would hide everything. Results are written after each case, to benchmarks/results/memory_estimate.{json,md}; a case that
+an earlier run measured on the same hardware is kept, unless --cases names it.
 """
 
 from __future__ import annotations
@@ -72,8 +76,8 @@ CASES = [
 ]
 
 
-def measure(case: Case) -> dict[str, float]:
-    """The case's three numbers, in MiB; in the process that calls it, which should do nothing else."""
+def measure(case: Case) -> dict[str, float | None]:
+    """The case's numbers, in MiB; in the process that calls it, which should do nothing else."""
     import torch
 
     from rsaft.backbones import LoRA
@@ -111,11 +115,16 @@ def measure(case: Case) -> dict[str, float]:
 
     small, backbone = load(16), load(case.resolution)
     _updates(small, plan)
-    rss = _rss_of(lambda: _updates(backbone, plan))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _updates(backbone, plan)
+    rss: float | None = None
+    if backbone.device.type == "cuda":
+        allocated = _allocated_on_gpu(lambda: _updates(backbone, plan))
+    else:
+        rss = _rss_of(lambda: _updates(backbone, plan)) / MIB
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            _updates(backbone, plan)
+        allocated = _allocated(profile)
     estimate = estimate_memory(backbone, plan).totals["update"] - sum(weights(backbone).values())
-    return {"estimated": estimate / MIB, "allocated": _allocated(profile) / MIB, "rss": rss / MIB}
+    return {"estimated": estimate / MIB, "allocated": allocated / MIB, "rss": rss}
 
 
 def _updates(backbone: Any, plan: Any) -> None:
@@ -153,6 +162,19 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def _allocated_on_gpu(work: Any) -> int:
+    """Growth of the most that was allocated on the GPU while `work` runs, in bytes."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _allocated(profile: Any) -> int:
     """The largest sum of the profiler's allocations and frees, in time's order."""
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -166,37 +188,58 @@ def _allocated(profile: Any) -> int:
 def markdown(rows: list[dict[str, Any]], where: str) -> str:
     """The table, and the line that says how far off the estimate was."""
     lines = [
-        "# Memory estimate beside measured peaks, tiny models on a CPU",
+        f"# Memory estimate beside measured peaks, tiny models, {len(rows)} of {len(CASES)} cases",
         "",
         f"{where}. MiB over the loaded model; see benchmarks/memory_estimate.py for what is measured.",
         "",
-        "| model | training | estimated | allocated | estimate / allocated | RSS | estimate / RSS |",
-        "|---|---|---|---|---|---|---|",
+        "| model | training | estimated | allocated | estimate / allocated | RSS | estimate / RSS | date |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         e, a, r = row["estimated"], row["allocated"], row["rss"]
-        lines.append(f"| {row['family']} | {row['case']} | {e:.1f} | {a:.1f} | {e / a:.3f} | {r:.1f} | {e / r:.3f} |")
-    off = {key: max(abs(row["estimated"] / row[key] - 1) for row in rows) for key in ("allocated", "rss")}
-    lines += ["", f"Largest error: {off['allocated']:.1%} of what was allocated, {off['rss']:.1%} of RSS.", ""]
-    return "\n".join(lines)
+        resident = f"{r:.1f} | {e / r:.3f}" if r else " | "
+        lines.append(
+            f"| {row['family']} | {row['case']} | {e:.1f} | {a:.1f} | {e / a:.3f} | {resident} | {row['date']} |"
+        )
+    errors = {key: [abs(row["estimated"] / row[key] - 1) for row in rows if row[key]] for key in ("allocated", "rss")}
+    names = {"allocated": "what was allocated", "rss": "RSS"}
+    off = [f"{max(found):.1%} of {names[key]}" for key, found in errors.items() if found]
+    return "\n".join([*lines, "", f"Largest error: {', '.join(off)}.", ""])
+
+
+def hardware() -> str:
+    """What it is measured on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread, torch {torch.__version__}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=int, help="Measure one case in this process, and print it as JSON.")
-    chosen = parser.parse_args().case
-    if chosen is not None:
-        print(json.dumps(measure(CASES[chosen])))
+    parser.add_argument(
+        "--cases", type=int, nargs="+", help="Measure these, in this order; by default all missing."
+    )
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(json.dumps(measure(CASES[arguments.case])))
         return
-    rows = []
-    for i, case in enumerate(CASES):
+    where, file = hardware(), RESULTS / "memory_estimate.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    rows = {(row["family"], row["case"]): row for row in earlier.get("rows", []) if earlier["where"] == where}
+    missing = [i for i, case in enumerate(CASES) if (case.family, case.text) not in rows]
+    for i in missing if arguments.cases is None else arguments.cases:
+        case = CASES[i]
         command = [sys.executable, "-m", "benchmarks.memory_estimate", "--case", str(i)]
-        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=True)
-        rows.append({"family": case.family, "case": case.text} | json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
-    where = f"{datetime.date.today().isoformat()}, {platform.machine()}, {os.cpu_count()} CPU cores, one thread"
-    (RESULTS / "memory_estimate.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "memory_estimate.md").write_text(markdown(rows, where))
+        done = subprocess.run(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
+        row = {"family": case.family, "case": case.text, "date": datetime.date.today().isoformat()}
+        rows[case.family, case.text] = row | json.loads(done.stdout.splitlines()[-1])
+        found = [rows[key] for key in ((case.family, case.text) for case in CASES) if key in rows]
+        file.write_text(json.dumps({"where": where, "rows": found}, indent=1) + "\n")
+        (RESULTS / "memory_estimate.md").write_text(markdown(found, where))
+        print(rows[case.family, case.text], flush=True)
 
 
 if __name__ == "__main__":
