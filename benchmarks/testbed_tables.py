@@ -15,20 +15,20 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from rsaft.metrics.matched import at_matched_reward, common_levels, paired_bootstrap
+from rsaft.metrics.matched import at_matched_reward, common_levels
+from rsaft.metrics.paired import Compared, compared
 
 Cell = dict[str, Any]
 Cells = dict[str, dict[int, Cell]]  # method -> seed -> cell
 
 TRAIN, GOLD, S1 = "reward/train", "held_out/gold", "sharpness/train"
-MIN_PAIRS = 3  # with fewer, an interval over seeds is the seeds' own range, and only the mean difference is shown
 
 NOTES = """
 Mean over runs; without a difference, +- its standard error over seeds. In brackets: the mean difference to the plain
@@ -41,52 +41,6 @@ Methods: weight-RHO_W, input-RHO, both-RHO-RHO_W: RSA-FT. shareN: epsilon from o
 updates. lastM, cached: only the last M steps, or those with gradient, sampled again at theta + epsilon. Controls:
 half-lr (half the learning rate), random-RHO_W (a random direction of that norm).
 """
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One score of a method's runs at one place, and its difference to plain."""
-
-    values: dict[int, float]  # by seed: the runs that have one
-    runs: int
-    seeds: tuple[int, ...]  # shared with plain
-    difference: tuple[float, float, float] | None  # mean, low, high over them
-
-    @property
-    def mean(self) -> float | None:
-        return sum(self.values.values()) / len(self.values) if self.values else None
-
-    @property
-    def text(self) -> str:
-        """For a table."""
-        if self.mean is None:
-            return f"0 of {self.runs}"
-        text = f"{self.mean:.3f}"
-        if len(self.values) < self.runs:
-            return f"{text} ({len(self.values)} of {self.runs})"
-        if self.difference is None and self.runs > 1:
-            error = float(torch.tensor(list(self.values.values()), dtype=torch.float64).std()) / self.runs**0.5
-            return f"{text} +- {error:.3f}"
-        if self.difference is None:
-            return text
-        mean, low, high = self.difference
-        interval = f" [{low:+.3f}, {high:+.3f}]" if len(self.seeds) >= MIN_PAIRS else ""
-        return f"{text} ({mean:+.3f}{interval}, n={len(self.seeds)})"
-
-
-def compared(mine: Mapping[int, float | None], plain: Mapping[int, float | None] | None) -> Compared:
-    """A method's values against plain's, both by seed; None where a run has none.
-
-    The difference is None if they share no seed, or a run of a shared seed has no value.
-    """
-    values = {seed: value for seed, value in mine.items() if value is not None}
-    shared = sorted(mine.keys() & plain.keys()) if plain is not None else []
-    pairs = [(mine[s], plain[s]) for s in shared] if plain is not None else []
-    whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if not whole or len(whole) < len(pairs):
-        return Compared(values, len(mine), tuple(shared), None)
-    a, b = (torch.tensor(column, dtype=torch.float64) for column in zip(*whole, strict=True))
-    return Compared(values, len(mine), tuple(shared), paired_bootstrap(a, b, seed=0))
 
 
 def load(out: Path, world: str) -> Cells:

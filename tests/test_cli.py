@@ -68,7 +68,9 @@ def run_file(tmp_path: Path, tiny_sd: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["list"], ["train", "no.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["compare", "--help"], ["list"], ["train", "no.yaml"]]
+)
 def test_help_and_list_import_no_library_of_the_models(arguments: list[str]):
     code = f"""
 import sys
@@ -94,7 +96,7 @@ def test_help_does_not_load_the_settings_either():
 
 def test_the_commands_are_these(rsaft):
     found = rsaft("list", "commands").out.split()
-    for name in ("demo", "train", "resume", "sample", "show", "list", "report"):
+    for name in ("demo", "train", "resume", "sample", "show", "list", "report", "compare"):
         assert name in found
 
 
@@ -164,7 +166,7 @@ def test_a_wrong_command_or_option_is_exit_code_2(rsaft, arguments: list[str]):
 
 def test_under_several_processes_only_the_first_speaks_of_settings(rsaft, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("rsaft.cli.HEAD_START", 0.0)
+    monkeypatch.setattr("rsaft.cli.complaints.HEAD_START", 0.0)
     outcome = rsaft("train", "none.yaml")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", "")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rsaft.cli.arguments import rank, refuse_filled, run_directory, split_settings
+from rsaft.cli.complaints import complain
 from rsaft.errors import ConfigError, RsaftError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: a usage error stays one line, and help comes a third sooner
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-HEAD_START = 3.0  # seconds that the first process has to speak, before another one ends
 
 Settings = Annotated[
     list[str],
@@ -207,6 +205,32 @@ def report(
     _say(f"report {target}")
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Finished run directories; the first one's group comes first."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html|FOLDER",
+            help="Also write the page and, beside it, every number as JSON; nothing by default.",
+        ),
+    ] = None,
+) -> None:
+    """Compare runs over seeds, at the same update and at the same train reward.
+
+    Runs that differ only in train.seed are one group; each group is compared with the first, seed by seed.
+    """
+    from rsaft.cli.compare import compare_runs
+
+    text, written = compare_runs(runs, out)
+    _say(text.rstrip())
+    for path in written:
+        _say(f"wrote {path}")
+
+
 def main() -> None:
     """Run the command line; an error that a user can cause is one sentence, and an exit code.
 
@@ -218,30 +242,11 @@ def main() -> None:
         sys.path.append(os.getcwd())  # so that `my_rewards:Sharpness` is found where rsaft is started
         app()
     except (ConfigError, RunDirectoryError, OSError) as error:
-        _complain(error)
+        complain(error)
         sys.exit(2)
     except RsaftError as error:
-        _complain(error)
+        complain(error)
         sys.exit(1)
-
-
-def _complain(error: RsaftError | OSError) -> None:
-    process = rank()
-    text = error if isinstance(error, RsaftError) else _sentence(error)
-    if process == 0:
-        print(f"rsaft: {text}", file=sys.stderr)
-    elif isinstance(error, ConfigError):  # the same on every process; torchrun ends all when the first one ends
-        time.sleep(HEAD_START)
-    else:
-        print(f"rsaft, process {process}: {text}", file=sys.stderr)
-
-
-def _sentence(error: OSError) -> str:
-    """What the operating system, or a library in its name, said."""
-    if error.strerror is None or isinstance(error, ConnectionError | TimeoutError):
-        return " ".join(str(error).split()) or type(error).__name__
-    where = f"'{error.filename}': " if error.filename else ""
-    return f"{where}{error.strerror}; name a path that can be read and written, on a disk with free space."
 
 
 def _finish(result: RunResult) -> None:

@@ -1,5 +1,6 @@
-"""Measuring a run: S1, evaluation on fixed prompts and noise, comparison at matched train reward, the report."""
+"""Measuring runs: S1, evaluation on fixed prompts and noise, domination, comparison at matched reward, the report."""
 
+from rsaft.metrics.domination import joint_collapse_rate, joint_domination_rate, tie_rate
 from rsaft.metrics.evaluate import Evaluation, Measure, evaluate, image_grid, joined
 from rsaft.metrics.matched import at_matched_reward, common_levels, first_crossing, mean_interval, paired_bootstrap
 from rsaft.metrics.report import write_report
@@ -14,8 +15,11 @@ __all__ = [
     "first_crossing",
     "image_grid",
     "joined",
+    "joint_collapse_rate",
+    "joint_domination_rate",
     "mean_interval",
     "paired_bootstrap",
     "sharpness",
+    "tie_rate",
     "write_report",
 ]
