@@ -219,9 +219,7 @@ def hardware() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", type=int, help="Measure one case in this process, and print it as JSON.")
-    parser.add_argument(
-        "--cases", type=int, nargs="+", help="Measure these, in this order; by default all missing."
-    )
+    parser.add_argument("--cases", type=int, nargs="+", help="Measure these, in this order; by default all missing.")
     arguments = parser.parse_args()
     if arguments.case is not None:
         print(json.dumps(measure(CASES[arguments.case])))
