@@ -20,7 +20,7 @@ from benchmarks.vs_trl import problem
 
 
 def loadable(folder: Path) -> Path:
-    """The testbed's pipeline as transformers 4 reads it: other tokenizer files, the text encoder's keys with a prefix."""
+    """The testbed's pipeline as transformers 4 reads it: other tokenizer files, prefixed keys of the text encoder."""
     if not (folder / "tokenizer" / "vocab.json").is_file():
         shutil.copytree(problem.WORLD / "pipeline", folder, dirs_exist_ok=True)
         model = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
