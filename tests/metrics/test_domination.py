@@ -52,7 +52,6 @@ def test_only_the_order_of_each_reward_matters():
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (TUNED, BASE[:2], "of one shape"),
         (TUNED[:0], BASE[:0], "not empty"),
         (TUNED[:, :0], BASE[:, :0], "not empty"),
         (TUNED, BASE * torch.nan, "NaN"),
@@ -60,5 +59,5 @@ def test_only_the_order_of_each_reward_matters():
 )
 def test_what_cannot_be_compared_is_refused(a: Tensor, b: Tensor, message: str):
     for rate in (joint_domination_rate, joint_collapse_rate, tie_rate):
-        with pytest.raises((ValueError, TypeError), match=message if a.shape == b.shape else ""):
+        with pytest.raises(ValueError, match=message):
             rate(a, b)
