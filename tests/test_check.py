@@ -14,6 +14,7 @@ from rsaft.cli import main
 from rsaft.cli.check import check_run, device_memory, table
 from rsaft.config import load_config
 from rsaft.config.tiny import tiny
+from rsaft.errors import ConfigError
 from rsaft.rdrl.memory import MemoryEstimate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -116,6 +117,23 @@ def test_where_memory_is_too_small_the_switches_that_save_are_named():
     saved = [float(m[1]) for m in re.finditer(r"=\w+ +saves ([\d.]+) MiB", text)]
     assert saved == sorted(saved, reverse=True)
     assert "vae_checkpointing=true" in text
+
+
+def test_text_encoders_that_the_run_drops_are_not_in_its_estimate(tmp_path: Path):
+    config = tiny(load_config([SD3]))
+
+    def said(**changes: Any) -> str:
+        lines: list[str] = []
+        check_run(replace(config, model=replace(config.model, **changes)), lines.append)
+        return "\n".join(lines)
+
+    cache = str(tmp_path / "prompts")
+    kept, dropped = said(prompt_cache=cache), said(prompt_cache=cache, drop_text_encoders=True)
+    assert "text encoders: weights" in kept
+    assert "text encoders: weights" not in dropped
+    assert re.search(r"weights are [\d.]+ MiB until the text encoders are dropped", dropped)
+    with pytest.raises(ConfigError, match="this backbone has no prompt cache"):
+        said(drop_text_encoders=True)
 
 
 def test_a_machines_memory_is_found():

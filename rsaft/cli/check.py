@@ -18,8 +18,9 @@ from rsaft.config.assemble import Components, components, load_model
 from rsaft.config.tiny import few_steps
 from rsaft.errors import ConfigError
 from rsaft.rdrl.batches import micro_batch_ids
-from rsaft.rdrl.memory import MemoryEstimate, Planned, estimate_memory
+from rsaft.rdrl.memory import MemoryEstimate, Planned, estimate_memory, weights
 from rsaft.rdrl.preflight import StepReport, try_step
+from rsaft.rdrl.rehearsal import PRICED_ROWS
 
 COMFORTABLE = 0.9  # share of a device that tensors may take; the rest is for what an estimate cannot see
 
@@ -41,22 +42,38 @@ def check_run(config: RunConfig, say: Callable[[str], None], *, memory: int | No
     say(f"files    {len(parts.prompts)} prompts, {len(parts.rewards)} rewards, {len(parts.held_out)} held out")
     backbone = load_model(config.model, seed=config.train.seed)
     say(f"model    {model_line(backbone)}")
+    loaded = sum(weights(backbone).values())
+    if config.model.drop_text_encoders:  # as the run does it, but with no more prompts than are looked at here
+        backbone.cache_prompts(parts.prompts[:PRICED_ROWS])
+        backbone.drop_text_encoders()
+        say(f"         weights are {_size(loaded)} until the text encoders are dropped")
     say(f"disk     {_disk_line(backbone, config)}")
     report = _one_step(backbone, config, parts, say)
     if isinstance(config.algorithm, Custom) or isinstance(config.step, Custom):
         say("memory   not estimated: code of your own for algorithm or step may not run without data")
     else:
         plan = Planned(parts.algorithm, parts.rewards, parts.held_out, parts.step, parts.prompts, config.train)
-        _memory(backbone, config, plan, world, device_memory(backbone.device) if memory is None else memory, say)
+        size = device_memory(backbone.device) if memory is None else memory
+        _memory(backbone, config, plan, world, size, say, loaded=loaded)
     if report is None:
         raise ConfigError("check: one sample does not fit the device's memory; see the estimate, and take less.")
     say("ready: rsaft train with the same arguments")
 
 
 def _memory(
-    backbone: DiffusersBackbone, config: RunConfig, plan: Planned, world: int, size: int, say: Callable[[str], None]
+    backbone: DiffusersBackbone,
+    config: RunConfig,
+    plan: Planned,
+    world: int,
+    size: int,
+    say: Callable[[str], None],
+    *,
+    loaded: int,
 ) -> None:
-    """The estimate beside `size`, and if it does not fit, what each switch would save, the most first."""
+    """The estimate beside `size`, and if it does not fit, what each switch would save, the most first.
+
+    `loaded` is what all weights take at the start, when the text encoders are there in any case.
+    """
     estimate = estimate_memory(backbone, plan, world=world)
     whose = (
         "one process" if not config.train.shard else "a process that holds the whole network (train.shard splits it)"
@@ -64,11 +81,12 @@ def _memory(
     say(f"memory   estimated for {whose}:")
     for line in table(estimate):
         say(line)
-    found = f"{_size(estimate.peak)} of {_size(size)} on {backbone.device}"
-    if estimate.peak <= COMFORTABLE * size:
+    peak = max(estimate.peak, loaded)
+    found = f"{_size(peak)} of {_size(size)} on {backbone.device}"
+    if peak <= COMFORTABLE * size:
         say(f"         fits: {found}")
         return
-    say(f"         {'tight' if estimate.peak <= size else 'too much'}: {found}; leave a tenth free")
+    say(f"         {'tight' if peak <= size else 'too much'}: {found}; leave a tenth free")
     savings = []
     for switch, changed, module in _switches(backbone, config, plan):
         with _recomputing(module):
@@ -122,7 +140,7 @@ def _one_step(
     backbone: DiffusersBackbone, config: RunConfig, parts: Components, say: Callable[[str], None]
 ) -> StepReport | None:
     """Try it, and say what came out; None if memory did not suffice."""
-    weights = dict.fromkeys(parts.rewards, 1.0) if isinstance(config.objective, Custom) else config.objective.weights
+    given = dict.fromkeys(parts.rewards, 1.0) if isinstance(config.objective, Custom) else config.objective.weights
     try:
         report = try_step(
             backbone,
@@ -132,7 +150,7 @@ def _one_step(
             objective=parts.objective,
             step=parts.step,
             prompt=parts.prompts[0],
-            trained_on=[name for name in parts.rewards if weights.get(name)],
+            trained_on=[name for name in parts.rewards if given.get(name)],
         )
     except torch.OutOfMemoryError:
         say("step     out of memory with one sample")
