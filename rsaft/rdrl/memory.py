@@ -3,10 +3,10 @@
     peak = weights + max over time of what the loop has alive at that time
 
 The weights are counted: denoiser, text encoders, VAE, rewards. The rest is rehearsed (`rehearsal.py`): the run's own
-algorithm, step and optimizer do a few updates and an evaluation on tensors without data, and every storage that they
-make is counted while it lives (`allocations.py`). The three functions that take real work, a denoiser call, a decode
-and a reward, run once on fake tensors to learn their price, forward and backward; in the rehearsal each call pays it.
-So gradient checkpointing, guidance, half precision, RSA-FT's copies and gradient accumulation need no formula.
+algorithm, step and optimizer do a few updates, an evaluation and a save on tensors without data, and every storage
+that they make is counted while it lives (`allocations.py`). The three functions that take real work, a denoiser call,
+a decode and a reward, run once on fake tensors to learn their price, forward and backward; in the rehearsal each call
+pays it. So gradient checkpointing, guidance, half precision, RSA-FT's copies and gradient accumulation need no formula.
 
 Three things are scaled instead. A denoiser call on more than 4 samples: its price is affine in their number.
 Micro-batches beyond the third: each adds to an update what the third added. Trainable values are rehearsed in 16 equal
@@ -38,7 +38,11 @@ UPDATES = 2  # rehearsed; an algorithm that draws how far it backpropagates draw
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process, by moment ("update", "evaluation", "export") and part, at that moment's peak."""
+    """Bytes of one process, by moment and part, at that moment's peak.
+
+    The moments are "update", "evaluation" and, where a whole network is trained, "export": each save of a checkpoint
+    loads what it wrote, and compares. An adapter's export is small.
+    """
 
     moments: Mapping[str, Mapping[str, int]]
     not_traced: tuple[str, ...]  # rewards that do not run on fake tensors, and are not counted
@@ -80,10 +84,11 @@ def estimate_memory(backbone: DiffusersBackbone, run: Planned, *, world: int = 1
     micro = run.config.micro_batch or per
     number = per // micro
     rehearsal = Rehearsal(backbone, run.prompts)
+    reloaded = 0 if backbone.lora is not None or (run.config.shard and world > 1) else _module_bytes([backbone.network])
     with torch.compiler.set_stance("force_eager"), gradients_dropped(backbone.parameters()):
-        moments = _moments(rehearsal, run, micro, min(number, 3))
+        moments = _moments(rehearsal, run, micro, min(number, 3), reloaded)
         if number > 3:
-            moments = _extrapolated(_moments(rehearsal, run, micro, 2), moments, number)
+            moments = _extrapolated(_moments(rehearsal, run, micro, 2, reloaded), moments, number)
     still = weights(backbone) | {"rewards: weights": sum(p.outside for p in rehearsal.reward_prices.values())}
     return MemoryEstimate({m: still | parts for m, parts in moments.items()}, tuple(sorted(rehearsal.not_traced)))
 
@@ -114,8 +119,10 @@ def _extrapolated(
     }
 
 
-def _moments(rehearsal: Rehearsal, run: Planned, micro: int, number: int) -> dict[str, dict[str, int]]:
-    """The peaks of updates with `number` micro-batches of `micro` samples, and of an evaluation."""
+def _moments(rehearsal: Rehearsal, run: Planned, micro: int, number: int, reloaded: int) -> dict[str, dict[str, int]]:
+    """The peaks of updates with `number` micro-batches of `micro` samples, of an evaluation, and of a save that loads
+    a network of `reloaded` bytes to compare.
+    """
     texts = rehearsal.texts(micro * number)
     updates = [
         [
@@ -136,6 +143,12 @@ def _moments(rehearsal: Rehearsal, run: Planned, micro: int, number: int) -> dic
         with allocations.part("evaluation: weights kept"), optimization.averaged():
             _evaluate(rehearsal, run)
         moments["evaluation"] = allocations.peak.copy()
+        if reloaded:
+            allocations.forget_peak()
+            with allocations.part("export: weights kept"), optimization.averaged():
+                with allocations.part("export: network reloaded"):
+                    allocations.take(reloaded)
+            moments["export"] = allocations.peak.copy()
     return {moment: {k: n for k, n in parts.items() if k != rehearsal.TRAINABLE} for moment, parts in moments.items()}
 
 

@@ -112,6 +112,19 @@ def test_the_whole_network_needs_more_than_an_adapter(whole: DiffusersBackbone, 
     assert full.peak > estimate.peak
 
 
+def test_a_save_of_the_whole_network_holds_it_twice_and_its_moving_average_beside_it(
+    whole: DiffusersBackbone, estimate: MemoryEstimate
+):
+    export, n = estimate_memory(whole, PLAN).moments["export"], num_trainable(whole)
+    assert export["export: network reloaded"] == export["denoiser: weights"]
+    assert export["export: weights kept"] == export["EMA"] == 4 * n
+    assert export["optimizer"] == pytest.approx(2 * 4 * n, abs=4 * 16)
+    assert export.get("gradients", 0) == 0
+    assert "export" not in estimate.moments  # an adapter's is small
+    sharded = estimate_memory(whole, replace(PLAN, config=replace(PLAN.config, shard=True)), world=2)
+    assert "export" not in sharded.moments  # there the CPU compares
+
+
 @pytest.mark.parametrize(("model", "step"), [("adapter", RSA_FT), ("whole", plain_step)], ids=["rsaft", "plain"])
 def test_the_estimate_is_what_real_updates_allocate(model: str, step: Any, request: pytest.FixtureRequest):
     backbone: DiffusersBackbone = request.getfixturevalue(model)
