@@ -55,9 +55,6 @@ def size(delta: Tensor, norm: str) -> Tensor:
     return {"l2": flat.norm(dim=1), "rms": flat.square().mean(1).sqrt(), "linf": flat.abs().amax(1)}[norm]
 
 
-# Several steps.
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("norm", NORMS)
 def test_one_step_is_equation_15_bit_for_bit(norm, dtype):
@@ -134,9 +131,6 @@ def test_a_step_costs_one_forward_and_backward_of_the_reward(steps):
     assert (reward.calls, reward.images) == (1 + steps, 4 * (1 + steps))
 
 
-# Projection on [0, 1].
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize("norm", NORMS)
@@ -169,9 +163,6 @@ def test_projection_is_off_unless_asked_and_lets_the_gradient_through():
     assert not InputFlattened(bowl, 0.1).project
     (g,) = torch.autograd.grad(InputFlattened(linear, 0.1, project=True)(x, PROMPTS).sum(), x)
     torch.testing.assert_close(g.flatten(1), vector().expand(4, -1), rtol=0, atol=0)
-
-
-# Gaussian smoothing.
 
 
 @pytest.mark.parametrize(("norm", "sigma"), [("l2", 0.3 / D**0.5), ("rms", 0.3)])
@@ -279,9 +270,6 @@ def test_projected_noise_stays_in_the_unit_box():
 
     InputFlattened(watching, 0.5, "rms", smoothing="gaussian", project=True)(images(), PROMPTS)
     assert 0.0 == float(seen[0].min()) < float(seen[0].max()) == 1.0
-
-
-# Settings.
 
 
 @pytest.mark.parametrize(

@@ -42,9 +42,6 @@ def split(*sizes: int) -> list[Batch]:
     return [batch_of(PROMPTS[f : f + n], first_id=f) for f, n in zip(firsts, sizes, strict=True)]
 
 
-# The weights.
-
-
 def s1(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
@@ -111,9 +108,6 @@ def test_the_sharpness_that_is_looked_at_is_the_metrics():
     torch.testing.assert_close(found.s1, sharpness(toy_reward, images, PROMPTS, 0.3), rtol=1e-10, atol=1e-14)
     assert not found.s1.requires_grad
     assert not found.delta.requires_grad
-
-
-# The step.
 
 
 def literal(mode: str, tau: float) -> Tensor:
