@@ -3,8 +3,9 @@
     python -m benchmarks.testbed_study --world fashion --methods plain weight-0.1 --seeds 0 1 2 3 4 --out runs/study
     python -m benchmarks.testbed_tables runs/study                     # tables and plots of what is finished
 
-Several processes may share one --out: a cell is claimed by its lock file. Every cell trains with DRaFT-1, full
-fine-tuning, the settings of `SETTINGS`, and is evaluated on the same prompts and noises.
+Several processes may share one --out: a cell is claimed by its lock file. Every cell trains the whole UNet with the
+settings of `SETTINGS`, and is evaluated on the same prompts and noises. It trains with DRaFT-1 unless the method names
+another trainer of `TRAINERS`: `--methods refl:plain refl:weight-0.01 drtune:plain`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from rsaft import testbed
 from rsaft.errors import RunDirectoryError
 from rsaft.files import write_atomic
 from rsaft.flatten import RSAFT
-from rsaft.rdrl import DRaFT, WeightedSum, plain_step
+from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, WeightedSum, plain_step
 from rsaft.rdrl.loop import Trainer
 from rsaft.rdrl.run_directory import locked
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
-from rsaft.types import Step
+from rsaft.types import Algorithm, Step
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,37 @@ class Settings:
 
 
 SETTINGS = {"fashion": Settings(lr=5e-5, steps=200), "shapes": Settings(lr=1e-5, steps=200)}
+
+
+SAMPLER = Sampling(num_steps=Settings.num_steps, guidance=1.0)  # of every trainer and of the evaluations
+TRAINERS: dict[str, Algorithm] = {
+    "draft": DRaFT(k=1, sampling=SAMPLER),
+    # The authors stop at one of steps 30 to 39 of 40, so in the last quarter: here steps 8 and 9 of 0 to 9. Their noisy
+    # sampler; evaluations are deterministic for every trainer.
+    "refl": ReFL(last=2, eta=1.0, sampling=SAMPLER),
+    # k from a normal of mean 42 and deviation 5 of 50 steps, here 8.4 and 1: two steps with gradient on average.
+    "alignprop": AlignProp(truncation="gaussian", mean=0.84, std=0.1, eta=1.0, sampling=SAMPLER),
+    # K = 5 and m = 20 of 50 steps (second-hand). m scales to 4; K would scale to 1, and is 2, so that an earlier step
+    # is trained beside a later one.
+    "drtune": DRTune(k=2, early_stop=4, sampling=SAMPLER),
+}
+"""Each trainer with its authors' settings, brought to 10 sampling steps. The learning rate was calibrated on draft, and
+the loss is the reward itself for all: ReFL's hinge at 2 would bind on a reward in base sigmas."""
+
+
+def trainer_and_method(name: str) -> tuple[str, str]:
+    """("refl", "weight-0.01") of `refl:weight-0.01`; names without a trainer are DRaFT-1's.
+
+    Raises:
+        SystemExit: if there is no such trainer.
+    """
+    trained_by, colon, rest = name.partition(":")
+    if not colon:
+        return "draft", name
+    if trained_by not in TRAINERS or trained_by == "draft":  # draft has one name, so that no cell is trained twice
+        others = ", ".join(sorted(set(TRAINERS) - {"draft"}))
+        raise SystemExit(f"'{name}': before a colon stands {others}; a name without one is trained with draft.")
+    return trained_by, rest
 
 
 def method(name: str) -> tuple[Step, float]:
@@ -89,12 +121,14 @@ def run_cell(
     result = out / world / f"{name}.seed{seed}.json"
     if result.exists():
         return
-    step, lr_factor = method(name)
+    trained_by, method_name = trainer_and_method(name)
+    step, lr_factor = method(method_name)
     s = replace(SETTINGS[world], lr=(lr or SETTINGS[world].lr) * lr_factor)
     bed = testbed.load(world, base=base, rewards=rewards)
     run = out / world / "runs" / f"{name}.seed{seed}"
     begun, cpu = time.monotonic(), time.process_time()
-    fitted = trainer(bed, step, s, seed, run).fit(resume=True)
+    algorithm = replace(TRAINERS[trained_by], sampling=replace(SAMPLER, num_steps=s.num_steps))
+    fitted = trainer(bed, algorithm, step, s, seed, run).fit(resume=True)
     if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
         raise SystemExit(128 + fitted.signal)
     timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
@@ -113,11 +147,11 @@ def run_cell(
     shutil.rmtree(run / "checkpoints")  # the curves are what is kept: a UNet a cell would fill the disk
 
 
-def trainer(bed: testbed.Testbed, step: Step, s: Settings, seed: int, run: Path) -> Trainer:
+def trainer(bed: testbed.Testbed, algorithm: Algorithm, step: Step, s: Settings, seed: int, run: Path) -> Trainer:
     """The trainer of one cell."""
     return Trainer(
         bed.backbone,
-        algorithm=DRaFT(k=1, sampling=Sampling(num_steps=s.num_steps, guidance=1.0)),
+        algorithm=algorithm,
         rewards={"train": bed.reward},
         objective=WeightedSum({"train": 1.0}),
         step=step,

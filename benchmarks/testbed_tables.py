@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.testbed_study import TRAINERS, trainer_and_method
 from rsaft.metrics.matched import at_matched_reward, common_levels
 from rsaft.metrics.paired import Compared, compared
 
@@ -43,8 +44,8 @@ half-lr (half the learning rate), random-RHO_W (a random direction of that norm)
 """
 
 
-def load(out: Path, world: str) -> Cells:
-    """Finished cells by method and seed, plain first, then in the order of names and radii.
+def load(out: Path, world: str, trainer: str = "draft") -> Cells:
+    """Finished cells of a trainer by method and seed, plain first, then in the order of names and radii.
 
     Raises:
         SystemExit: if there is no plain cell, or cells were evaluated at different updates or learning rates.
@@ -52,9 +53,13 @@ def load(out: Path, world: str) -> Cells:
     cells: Cells = defaultdict(dict)
     for file in sorted((out / world).glob("*.json")):
         cell = json.loads(file.read_text())
-        cells[cell["method"]][cell["seed"]] = cell
+        trained_by, name = trainer_and_method(cell["method"])
+        if trained_by == trainer:
+            cells[name][cell["seed"]] = cell
     if "plain" not in cells:
-        raise SystemExit(f"{out / world}: there is no finished cell of plain to compare with; run the study first.")
+        raise SystemExit(
+            f"{out / world}: there is no finished cell of plain ({trainer}) to compare with; run the study first."
+        )
     for name, runs in cells.items():
         for what in ("lr", "steps"):
             found = {cell["lr"] if what == "lr" else tuple(column(cell, "step")) for cell in runs.values()}
@@ -176,12 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="--out of the study")
     parser.add_argument("--world", default="fashion", choices=["fashion", "shapes"])
+    parser.add_argument("--trainer", default="draft", choices=list(TRAINERS), help="whose cells; one table each")
     parser.add_argument("--methods", nargs="+", help="these only, in this order; plain always comes first")
     parser.add_argument("--levels", nargs="+", type=float, help="train rewards; by default round ones of plain's range")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--name", default="rsa_ft")
+    parser.add_argument("--name", help="of the files; rsa_ft, with the trainer's name unless it is draft")
     args = parser.parse_args()
-    cells = load(args.study, args.world)
+    cells = load(args.study, args.world, args.trainer)
     missing = sorted(set(args.methods or ()) - set(cells))
     if missing:
         raise SystemExit(f"--methods: no finished cell of {', '.join(missing)}; finished are {', '.join(cells)}.")
@@ -190,7 +196,8 @@ def main() -> None:
     text, numbers = report(cells, args.world, levels)
     print(text)
     args.results.mkdir(parents=True, exist_ok=True)
-    stem = args.results / f"{args.name}_{args.world}"
+    name = args.name or ("rsa_ft" if args.trainer == "draft" else f"rsa_ft_{args.trainer}")
+    stem = args.results / f"{name}_{args.world}"
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     stem.with_suffix(".json").write_text(json.dumps({"levels": levels, **numbers, "cells": cells}) + "\n")
     plot(cells, levels, stem.with_suffix(".png"))

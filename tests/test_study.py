@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks import testbed_study
 from benchmarks.controls import RandomPerturbation
-from benchmarks.testbed_study import SETTINGS, method, run_cell
+from benchmarks.testbed_study import SETTINGS, TRAINERS, method, run_cell, trainer_and_method
 from rsaft.flatten import RSAFT
-from rsaft.rdrl import plain_step
+from rsaft.rdrl import ReFL, plain_step
+from rsaft.sampling import Sampling
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,46 @@ def test_a_name_stands_for_its_step_and_learning_rate(name: str, step: object, f
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(SystemExit, match=r"(?s)no method 'wight-1'; .*half-lr"):
         method("wight-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("plain", ("draft", "plain")),
+        ("weight-1e-3", ("draft", "weight-1e-3")),
+        ("refl:weight-0.01", ("refl", "weight-0.01")),
+        ("drtune:plain", ("drtune", "plain")),
+    ],
+)
+def test_a_name_may_carry_a_trainer(name: str, parts: tuple[str, str]):
+    assert trainer_and_method(name) == parts
+
+
+@pytest.mark.parametrize("name", ["grpo:plain", "draft:plain", ":plain"])
+def test_a_trainer_that_cannot_be_named_is_refused_with_those_that_can(name: str):
+    with pytest.raises(SystemExit, match="before a colon stands alignprop, drtune, refl;"):
+        trainer_and_method(name)
+
+
+def test_every_trainer_samples_and_evaluates_alike():
+    assert {algorithm.sampling for algorithm in TRAINERS.values()} == {Sampling(num_steps=10, guidance=1.0)}
+
+
+def test_refl_stops_in_the_last_quarter_as_its_authors_do():
+    refl = TRAINERS["refl"]
+    assert isinstance(refl, ReFL)
+    assert refl.first_stop == 8  # of 0 to 9; theirs is 30 of 0 to 39
+    assert 8 / 10 - 30 / 40 < 1 / 10
+
+
+def test_a_cell_of_another_trainer_lies_beside_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = replace(SETTINGS["fashion"], steps=2, batch_size=1, num_steps=4, eval_every=2, eval_samples=1)
+    monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
+    monkeypatch.setitem(TRAINERS, "drtune", replace(TRAINERS["drtune"], early_stop=2))
+    run_cell("fashion", "drtune:weight-0.01", 0, tmp_path, None, None, None)
+    cell = json.loads((tmp_path / "fashion" / "drtune:weight-0.01.seed0.json").read_text())
+    assert cell["method"] == "drtune:weight-0.01"
+    assert [e["step"] for e in cell["evaluations"]] == [0, 2]
 
 
 def test_a_cell_holds_its_evaluations_at_its_own_learning_rate_and_is_not_trained_twice(

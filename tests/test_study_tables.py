@@ -102,6 +102,18 @@ def test_a_study_without_plain_runs_is_refused(tmp_path: Path):
         load(write(tmp_path, cell("half-lr", 0, [0.0], [0.0])), "fashion")
 
 
+def test_cells_of_another_trainer_have_a_table_of_their_own(study: Path):
+    write(study, cell("refl:plain", 0, [0.0, 1.0], [0.4, 0.5]), cell("refl:weight-0.1", 0, [0.0, 1.0], [0.4, 0.7]))
+    assert list(load(study, "fashion")) == ["plain", "half-lr", "weight-0.1"]
+    refl = load(study, "fashion", "refl")
+    assert list(refl) == ["plain", "weight-0.1"]
+    found = at_reward(refl, GOLD, LEVEL)["weight-0.1"].difference
+    assert found is not None
+    assert found[0] == pytest.approx(0.1)
+    with pytest.raises(SystemExit, match=r"no finished cell of plain \(drtune\)"):
+        load(study, "fashion", "drtune")
+
+
 def test_the_page_has_held_out_rewards_sharpness_and_the_runs_that_reach_a_level(study: Path):
     text, numbers = report(load(study, "fashion"), "fashion", [LEVEL])
     for title in ("Gold at matched train reward", "held_out/vit at matched train reward", "S1 of the train reward"):

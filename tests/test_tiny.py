@@ -37,14 +37,14 @@ def tiny_run(path: Path, *overlays: Path, settings: list[str] | None = None) -> 
 
 
 def goes_through(path: Path, folder: Path, *overlays: Path) -> None:
-    """Train the tiny run: it ends, evaluates at both ends, moves the weights, and exports each of them."""
+    """One update of the tiny run: it ends, evaluates at both ends, moves the weights, and exports each of them."""
     config = tiny_run(path, *overlays)
+    config = replace(config, train=replace(config.train, steps=1))
     assert config.model.path == f"tiny:{load_config([path]).model.family}"
     trainer = build_trainer(config, folder)
     before = [p.detach().clone() for p in trainer.backbone.parameters()]
     result = trainer.fit()
-    assert result.step == 3
-    assert [e["step"] for e in result.evaluations] == [0, 3]
+    assert [e["step"] for e in result.evaluations] == [0, 1]
     assert any(not torch.equal(b, p) for b, p in zip(before, trainer.backbone.parameters(), strict=True))
     saved = load_file(result.checkpoints[-1] / "adapter" / "pytorch_lora_weights.safetensors")
     assert len(saved) == len(before)

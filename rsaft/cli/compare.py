@@ -20,6 +20,7 @@ from rsaft.metrics.records import Run, flat, read_run
 from rsaft.rdrl.run_directory import write_json_atomic
 
 DERIVED = ("step.network_dtype",)  # follows from another setting
+TOLD = ("step.rho", "step.rho_w")  # in a name even where they are the defaults: the radii are the method
 
 
 def compare_runs(paths: Sequence[Path], out: Path | None) -> tuple[str, list[Path]]:
@@ -78,8 +79,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 def names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """`step=rsaft rho_w=0.01` and its like: what differs between the groups.
 
-    Of a component whose type differs, settings that are its defaults are left out. A key is shortened to its last part
-    where only one key ends so; a `type` is called after its component.
+    Of a component whose type differs, settings that are its defaults are left out, but for the radii. A key is
+    shortened to its last part where only one key ends so; a `type` is called after its component.
     """
     trees = [flat(tree) for tree in settings]
     every = dict.fromkeys(key for tree in trees for key in tree)
@@ -87,7 +88,7 @@ def names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     other_types = [key.removesuffix("type") for key in differing if key.endswith(".type")]
     usual = [_defaults(tree, other_types) for tree in settings]
     shown = [
-        [key for key in differing if key in tree and tree[key] != default.get(key)]
+        [key for key in differing if key in tree and (key in TOLD or tree[key] != default.get(key))]
         for tree, default in zip(trees, usual, strict=True)
     ]
     ends = [_end(key) for key in dict.fromkeys(key for keys in shown for key in keys)]
