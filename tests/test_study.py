@@ -70,7 +70,7 @@ def test_refl_stops_in_the_last_quarter_as_its_authors_do():
 
 
 def test_a_cell_of_another_trainer_lies_beside_drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    small = replace(SETTINGS["fashion"], steps=2, batch_size=1, num_steps=4, eval_every=2, eval_samples=1)
+    small = replace(SETTINGS["fashion"], steps=2, batch_size=1, num_steps=4, eval_every=2, eval_samples=2)
     monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
     monkeypatch.setitem(TRAINERS, "drtune", replace(TRAINERS["drtune"], early_stop=2))
     run_cell("fashion", "drtune:weight-0.01", 0, tmp_path, None, None, None)
