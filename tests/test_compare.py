@@ -188,6 +188,14 @@ def test_a_name_that_two_keys_share_is_written_out():
     ]
 
 
+def test_no_two_groups_share_a_name():
+    older = flattened()
+    del older["eps_share"]
+    made = names([config({"type": "plain"}), config(older), config(flattened())])
+    assert made == ["step=plain", "step=rsaft rho=0.0 rho_w=0.01", "step=rsaft rho=0.0 rho_w=0.01 (2)"]
+    assert names([config({"type": "plain"}), config({"type": "plain"}, ema=0.9)]) == ["the other settings", "ema=0.9"]
+
+
 def test_settings_that_differ_in_nothing_but_the_seed_are_one_group():
     made = [
         Run(Path(f"r{seed}"), f"r{seed}", (), (), {}, {}, config({"type": "plain"}, seed=seed), {}) for seed in (3, 1)

@@ -92,9 +92,16 @@ def names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         for tree, default in zip(trees, usual, strict=True)
     ]
     ends = [_end(key) for key in dict.fromkeys(key for keys in shown for key in keys)]
-    return [
-        " ".join(f"{_end(key) if ends.count(_end(key)) == 1 else key}={tree[key]}" for key in keys) or "all runs"
+    made = [
+        " ".join(f"{_end(key) if ends.count(_end(key)) == 1 else key}={tree[key]}" for key in keys)
         for tree, keys in zip(trees, shown, strict=True)
+    ]
+    if len(made) == 1:
+        return ["all runs"]
+    # Settings that only a newer version writes out, at their defaults, are in no name.
+    return [
+        (name or "the other settings") + (f" ({made[:i].count(name) + 1})" if name in made[:i] else "")
+        for i, name in enumerate(made)
     ]
 
 
