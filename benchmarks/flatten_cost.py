@@ -203,7 +203,9 @@ def outcomes(study: Path, level: float, chosen: Mapping[str, Mode]) -> dict[str,
     """Gold where the train reward is `level`, for each mode that the finished study holds."""
     if not study.exists():
         return {}
-    found = at_reward(json.loads(study.read_text())["cells"], GOLD, level)
+    stored = json.loads(study.read_text())["cells"]
+    cells = {name: {int(seed): cell for seed, cell in runs.items()} for name, runs in stored.items()}  # keys are text
+    found = at_reward(cells, GOLD, level)
     return {name: found[mode.study].text for name, mode in chosen.items() if mode.study in found}
 
 

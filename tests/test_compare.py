@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "prompts": {"train": "prompts.txt"},
     "algorithm": {"type": "draft", "sampling": {"num_steps": 2, "guidance": 1.0}},
     "rewards": {"toy": {"type": TOY}},
-    "held_out": {"gold": {"type": "own_rewards:red"}, "blue": {"type": "own_rewards:blue"}},
+    "held_out": {"gold": {"type": "compare_rewards:red"}, "blue": {"type": "compare_rewards:blue"}},
     "objective": {"type": "weighted_sum", "weights": {"toy": 1.0}},
     "train": {"steps": 2, "batch_size": 2, "lr": 1e-2, "eval_samples": 3, "eval_every": 1, "sharpness_rho": 0.1},
 }
@@ -43,7 +43,7 @@ RSA_FT = ["step.type=rsaft", "step.rho=0.01", "step.rho_w=0.01"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two updates of a tiny model, plain and with RSA-FT, two seeds each, and one run of another evaluation."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "own_rewards.py").write_text(OWN)
+    (folder / "compare_rewards.py").write_text(OWN)
     (folder / "prompts.txt").write_text("a red boot\na blue coat\n")
     (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
     wanted = {f"plain{s}": [f"train.seed={s}"] for s in (0, 1)}
