@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from rsaft.backbones.compiled import check_compiled
 from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.config import Custom, RunConfig
 from rsaft.config.assemble import Components, components, load_model
@@ -47,6 +48,9 @@ def check_run(config: RunConfig, say: Callable[[str], None], *, memory: int | No
         backbone.cache_prompts(parts.prompts[:PRICED_ROWS])
         backbone.drop_text_encoders()
         say(f"         weights are {_size(loaded)} until the text encoders are dropped")
+    if config.model.compile:
+        output, gradient = check_compiled(backbone)
+        say(f"compiled differs by {output:.1e} in output, {gradient:.1e} in gradient")
     say(f"disk     {_disk_line(backbone, config)}")
     report = _one_step(backbone, config, parts, say)
     if isinstance(config.algorithm, Custom) or isinstance(config.step, Custom):

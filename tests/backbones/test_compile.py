@@ -9,6 +9,8 @@ import torch
 
 import rsaft
 from rsaft.backbones import LoRA, load_backbone
+from rsaft.backbones.compiled import check_compiled
+from rsaft.errors import ConfigError
 from rsaft.rdrl import DRaFT
 from rsaft.sampling import Sampling
 from tests import asserts
@@ -44,6 +46,34 @@ def test_the_switch_compiles_the_network_in_place(tiny_of):
     assert plain.network._compiled_call_impl is None
     assert compiled.network._compiled_call_impl is not None
     assert list(compiled.network.state_dict()) == list(plain.network.state_dict())
+
+
+def _compiled_by(backbone, change):
+    """Compile with a backend that runs each graph as it is, and then changes what comes out."""
+    torch._dynamo.reset()
+    backbone.network.compile(backend=lambda graph, inputs: lambda *given: change(graph(*given)))
+
+
+def test_a_network_that_is_compiled_rightly_passes_its_check(tiny_of):
+    backbone = load_backbone(tiny_of("sd"), lora=LoRA(rank=2))
+    _compiled_by(backbone, lambda outputs: outputs)
+    assert check_compiled(backbone) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda outputs: tuple(1.01 * x for x in outputs),
+        # The same values with half the gradient, as a fault in generated backward code has it.
+        lambda outputs: tuple(x.detach() + 0.5 * (x - x.detach()) for x in outputs),
+    ],
+    ids=["output", "gradient-alone"],
+)
+def test_a_network_that_is_compiled_wrongly_is_refused(tiny_of, change):
+    backbone = load_backbone(tiny_of("sd"), lora=LoRA(rank=2))
+    _compiled_by(backbone, change)
+    with pytest.raises(ConfigError, match=r"model.compile: .* its gradient by [0-9.]+e-0[12]"):
+        check_compiled(backbone)
 
 
 @needs_compiler
