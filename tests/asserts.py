@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from rsaft.rdrl import WeightedSum
+from rsaft.rdrl.allocations import Allocations
+from rsaft.rdrl.memory import Planned, estimate_memory
 from rsaft.rdrl.score import ImageScore, plain_step
 from rsaft.types import Algorithm, Backbone, Batch, Rollout, Sample
 from tests.helpers import Calls, count_calls, gradient_of, relative_difference, toy_reward
@@ -156,3 +160,16 @@ def assert_trains(algorithm: Algorithm, backbone: Backbone, batch: Batch, score:
 
 
 __all__ = [name for name in dir() if name.startswith("assert_")] + ["TOLERANCE", "Calls", "reward_gradient"]
+
+
+def assert_estimate_is_allocated(backbone: Backbone, plan: Planned, batches: Sequence[Batch]) -> None:
+    """What one update of the plan is estimated to take, weights and optimizer apart, is what its step allocates."""
+    score = ImageScore(backbone, plan.rewards, WeightedSum({"toy": 1.0}))
+    rollouts = [plan.algorithm.rollout(backbone, batch) for batch in batches]
+    with Allocations() as real:
+        plan.step(rollouts, score, backbone.parameters(), None)
+    for p in backbone.parameters():
+        p.grad = None
+    estimated = estimate_memory(backbone, plan).moments["update"]
+    apart = sum(n for part, n in estimated.items() if "weights" in part or part == "optimizer")
+    assert sum(estimated.values()) - apart == pytest.approx(sum(real.peak.values()), rel=0.05)

@@ -36,7 +36,7 @@ def tiny_run(path: Path, *overlays: Path, settings: list[str] | None = None) -> 
     return tiny(load_config([path, *overlays], settings or []))
 
 
-def goes_through(path: Path, folder: Path, *overlays: Path) -> None:
+def assert_goes_through(path: Path, folder: Path, *overlays: Path) -> None:
     """One update of the tiny run: it ends, evaluates at both ends, moves the weights, and exports each of them."""
     config = tiny_run(path, *overlays)
     config = replace(config, train=replace(config.train, steps=1))
@@ -59,12 +59,12 @@ def in_turn(path: Path, *, rsa_ft: bool) -> Any:
 
 @pytest.mark.parametrize("path", [in_turn(path, rsa_ft=False) for path in RUNS])
 def test_every_shipped_run_trains_saves_and_exports_when_tiny(path: Path, tmp_path: Path):
-    goes_through(path, tmp_path)
+    assert_goes_through(path, tmp_path)
 
 
 @pytest.mark.parametrize("path", [in_turn(path, rsa_ft=True) for path in RUNS])
 def test_every_shipped_run_goes_through_with_rsa_ft(path: Path, tmp_path: Path):
-    goes_through(path, tmp_path, OVERLAY)
+    assert_goes_through(path, tmp_path, OVERLAY)
 
 
 def test_the_runs_with_rsa_ft_cover_every_family_and_every_trainer():

@@ -9,11 +9,11 @@ from rsaft.config import Model, json_schema, to_dict, validate
 from rsaft.config.assemble import load_model
 from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
-from rsaft.rdrl import DRaFT, ImageScore, WeightedSum
-from rsaft.rdrl.allocations import Allocations
-from rsaft.rdrl.memory import Planned, estimate_memory
+from rsaft.rdrl import DRaFT
+from rsaft.rdrl.memory import Planned
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
+from tests.asserts import assert_estimate_is_allocated
 from tests.helpers import PROMPTS, batch_of, toy_reward
 
 
@@ -98,13 +98,4 @@ def test_the_memory_estimate_is_what_a_real_step_with_the_options_allocates(step
         prompts=PROMPTS,
         config=TrainConfig(batch_size=4, micro_batch=2, eval_batch=2, ema=None),
     )
-    score = ImageScore(backbone, plan.rewards, WeightedSum({"toy": 1.0}))
-    batches = [batch_of(PROMPTS[:2]), batch_of(PROMPTS[2:], first_id=2)]
-    rollouts = [plan.algorithm.rollout(backbone, batch) for batch in batches]
-    with Allocations() as real:
-        step(rollouts, score, backbone.parameters(), None)
-    for p in backbone.parameters():
-        p.grad = None
-    estimated = estimate_memory(backbone, plan).moments["update"]
-    apart = sum(n for part, n in estimated.items() if "weights" in part or part == "optimizer")
-    assert sum(estimated.values()) - apart == pytest.approx(sum(real.peak.values()), rel=0.05)
+    assert_estimate_is_allocated(backbone, plan, [batch_of(PROMPTS[:2]), batch_of(PROMPTS[2:], first_id=2)])

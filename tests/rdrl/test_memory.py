@@ -15,13 +15,14 @@ from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.config import Model
 from rsaft.config.assemble import load_model
 from rsaft.flatten import RSAFT
-from rsaft.rdrl import DRaFT, ImageScore, WeightedSum, plain_step
-from rsaft.rdrl.allocations import Allocations, price
+from rsaft.rdrl import DRaFT, plain_step
+from rsaft.rdrl.allocations import price
 from rsaft.rdrl.memory import MemoryEstimate, Planned, estimate_memory
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.sampling import Sampling
 from rsaft.testbed.toy import toy_reward
 from rsaft.types import Batch
+from tests.asserts import assert_estimate_is_allocated
 
 PIXELS = 32
 RSA_FT = RSAFT(rho=0.01, rho_w=0.01)
@@ -129,16 +130,8 @@ def test_a_save_of_the_whole_network_holds_it_twice_and_its_moving_average_besid
 def test_the_estimate_is_what_real_updates_allocate(model: str, step: Any, request: pytest.FixtureRequest):
     backbone: DiffusersBackbone = request.getfixturevalue(model)
     plan = replace(PLAN, step=step, config=replace(PLAN.config, ema=None))
-    score = ImageScore(backbone, plan.rewards, WeightedSum({"toy": 1.0}))
     batches = [Batch(("a cat", "two dogs"), ids, step=0, seed=0) for ids in ((0, 1), (2, 3))]
-    rollouts = [plan.algorithm.rollout(backbone, batch) for batch in batches]
-    with Allocations() as real:
-        step(rollouts, score, backbone.parameters(), None)
-    for p in backbone.parameters():
-        p.grad = None
-    estimated = estimate_memory(backbone, plan).moments["update"]
-    apart = sum(n for part, n in estimated.items() if "weights" in part or part == "optimizer")
-    assert sum(estimated.values()) - apart == pytest.approx(sum(real.peak.values()), rel=0.05)
+    assert_estimate_is_allocated(backbone, plan, batches)
 
 
 def test_each_further_micro_batch_of_rsa_ft_adds_its_delta(adapter: DiffusersBackbone):
