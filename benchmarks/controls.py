@@ -1,16 +1,21 @@
-"""Controls for the evidence: what a regularizer must beat to be more than noise or a smaller step."""
+"""Controls, and cheaper schemes of weight flattening that are measured here and are not in the library.
+
+A regularizer must beat the first to be more than noise. The others are judged by their cost and outcome in
+`docs/testbed.md`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rsaft.flatten import perturbed
-from rsaft.flatten.weight import global_norm
+from rsaft.flatten.rsa_ft import KeptEps
+from rsaft.flatten.weight import global_norm, gradients_of, worst_case_eps
 from rsaft.randomness import generator
 from rsaft.rdrl import plain_step
 from rsaft.types import Rollout, Score, StepOutput
@@ -31,3 +36,93 @@ class RandomPerturbation:
         norm = global_norm(direction)
         with perturbed(params, [self.rho_w * d / norm for d in direction]):
             return plain_step(rollouts, score, params)
+
+
+def direction_gradient(rollouts: Sequence[Rollout], score: Score, params: Sequence[Tensor]) -> list[Tensor]:
+    """g_theta of RSA-FT's first pass: of the directions, summed over the batch. Cost: a plain step."""
+    total = [torch.zeros_like(p) for p in params]
+    for rollout in rollouts:
+        sample = rollout.tail(rollout.prefix())
+        for t, g in zip(total, gradients_of(score(score.view(sample), sample).direction.sum(), params), strict=True):
+            t.add_(g)
+    return total
+
+
+@dataclass(frozen=True)
+class LookSAM:
+    """Weight flattening at every n-th update; its part across the plain gradient serves the others (Liu et al., 2022).
+
+    Updates 0, n, ...: g_s at theta + eps; g_v = g_s - (g_s . g) g / |g|^2 is kept. Between: g + alpha |g| g_v / |g_v|.
+    Cost: 1 + 1/n plain steps.
+    """
+
+    rho_w: float
+    every: int
+    alpha: float = 0.7
+
+    def __call__(
+        self, rollouts: Sequence[Rollout], score: Score, params: Sequence[Tensor], state: KeptEps | None = None
+    ) -> StepOutput:
+        if state is not None and state.age < self.every:
+            output = plain_step(rollouts, score, params)
+            scale = self.alpha * global_norm([_grad(p) for p in params]) / global_norm(state.eps).clamp_min(1e-12)
+            for p, across in zip(params, state.eps, strict=True):
+                _grad(p).add_(across * scale)
+            return replace(output, state=replace(state, age=state.age + 1))
+        g = direction_gradient(rollouts, score, params)
+        with perturbed(params, worst_case_eps(g, self.rho_w)):
+            output = plain_step(rollouts, score, params)
+        along = sum((_grad(p) * x).sum() for p, x in zip(params, g, strict=True)) / global_norm(g).square()
+        return replace(output, state=KeptEps(tuple(_grad(p) - along * x for p, x in zip(params, g, strict=True)), 1))
+
+
+@dataclass(frozen=True)
+class FriendlySAM:
+    """Epsilon from what this batch's gradient adds to earlier ones' running mean m: g - sigma m (Li et al., 2024).
+
+    Cost: two plain steps, as strict weight flattening.
+    """
+
+    rho_w: float
+    sigma: float = 1.0
+    decay: float = 0.9
+
+    def __call__(
+        self, rollouts: Sequence[Rollout], score: Score, params: Sequence[Tensor], state: KeptEps | None = None
+    ) -> StepOutput:
+        g = direction_gradient(rollouts, score, params)
+        if state is None:
+            own, mean = g, g
+        else:
+            own = [x - self.sigma * m for x, m in zip(g, state.eps, strict=True)]
+            mean = [self.decay * m + (1 - self.decay) * x for x, m in zip(g, state.eps, strict=True)]
+        with perturbed(params, worst_case_eps(own, self.rho_w)):
+            return replace(plain_step(rollouts, score, params), state=KeptEps(tuple(mean), 1))
+
+
+@dataclass(frozen=True)
+class CoarseFirstPass:
+    """Epsilon from a trajectory of fewer sampling steps, from the same noise.
+
+    Cost for DRaFT-1: a plain step, and one of `num_steps` steps.
+    """
+
+    rho_w: float
+    num_steps: int
+
+    def __call__(
+        self, rollouts: Sequence[Any], score: Score, params: Sequence[Tensor], state: Any = None
+    ) -> StepOutput:
+        coarse = []
+        for rollout in rollouts:  # made again from its own settings: a rollout has no public way to be shortened
+            settings = rollout._settings
+            short = replace(settings, sampling=replace(settings.sampling, num_steps=self.num_steps))
+            coarse.append(short.rollout(rollout._backbone, rollout.batch))
+        eps = worst_case_eps(direction_gradient(coarse, score, params), self.rho_w)
+        with perturbed(params, eps):
+            return plain_step(rollouts, score, params)
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad

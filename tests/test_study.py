@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import testbed_study
-from benchmarks.controls import RandomPerturbation
+from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation
 from benchmarks.testbed_study import SETTINGS, TRAINERS, method, run_cell, trainer_and_method
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import ReFL, plain_step
@@ -27,6 +27,15 @@ from rsaft.sampling import Sampling
         ("last3-0.01", RSAFT(0.0, 0.01, mode="weight", reuse=3), 1.0),
         ("share16-0.01", RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16), 1.0),
         ("every4-0.01", RSAFT(0.0, 0.01, mode="weight", eps_every=4), 1.0),
+        ("linf-0.05", RSAFT(0.05, 0.0, mode="input", norm="linf"), 1.0),
+        ("rms-0.02", RSAFT(0.02, 0.0, mode="input", norm="rms"), 1.0),
+        ("gaussian-1", RSAFT(1.0, 0.0, mode="input", smoothing="gaussian"), 1.0),
+        ("latent-1", RSAFT(1.0, 0.0, mode="input", space="latent"), 1.0),
+        ("pgd4-1", RSAFT(1.0, 0.0, mode="input", delta_steps=4), 1.0),
+        ("perturbed-1-0.01", RSAFT(1.0, 0.01, mode="both", delta_from="perturbed"), 1.0),
+        ("looksam5-0.01", LookSAM(0.01, every=5), 1.0),
+        ("fsam-0.01", FriendlySAM(0.01), 1.0),
+        ("coarse3-0.01", CoarseFirstPass(0.01, num_steps=3), 1.0),
         ("share16every4-0.01", RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16, eps_every=4), 1.0),
     ],
 )

@@ -34,7 +34,7 @@ def windows(rewards: Sequence[float]) -> list[float]:
 def cost_lines(pairs: dict[str, dict[str, Any]]) -> list[str]:
     """Step time and peak memory of each truncation, and their ratios."""
     lines = [
-        "| steps with gradient | TRL s | rsaft s | ratio | TRL MiB | rsaft MiB | ratio |",
+        "| steps with gradient | TRL CPU s | rsaft CPU s | ratio | TRL MiB | rsaft MiB | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for label, timed, sized in [(f"{k} of 20", f"time-{k}", f"memory-{k}") for k in (1, 2, 5, 10)] + [

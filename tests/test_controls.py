@@ -1,0 +1,86 @@
+"""The study's controls and cheaper schemes: their limits, in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation
+from rsaft.flatten import RSAFT
+from rsaft.flatten.rsa_ft import KeptEps
+from rsaft.rdrl import DRaFT, ImageScore, WeightedSum, plain_step
+from rsaft.sampling import Sampling
+from rsaft.types import Step
+from tests.helpers import TinyFlow, batch_of, count_calls, toy_reward
+
+STEPS = 4
+STRICT = RSAFT(0.0, 0.1, mode="weight")
+
+
+def update(step: Step, number: int = 0, state: Any = None) -> tuple[torch.Tensor, Any]:
+    """The gradient of one update as a vector, and the step's state."""
+    backbone = TinyFlow(dtype=torch.float64)
+    rollout = DRaFT(k=1, sampling=Sampling(STEPS, guidance=1.0)).rollout(backbone, batch_of(step=number))
+    params = backbone.parameters()
+    before = [p.detach().clone() for p in params]
+    output = step([rollout], ImageScore(backbone, {"toy": toy_reward}, WeightedSum({"toy": 1.0})), params, state)
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    return torch.cat([p.grad.flatten() for p in params if p.grad is not None]), output.state
+
+
+@pytest.mark.parametrize(
+    "scheme", [LookSAM(0.1, every=1), FriendlySAM(0.1), CoarseFirstPass(0.1, STEPS)], ids=lambda s: type(s).__name__
+)
+def test_at_its_limit_a_scheme_is_strict_weight_flattening(scheme: Step):
+    expected, _ = update(STRICT)
+    torch.testing.assert_close(update(scheme)[0], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [RandomPerturbation(0.0), LookSAM(0.0, every=1), FriendlySAM(0.0), CoarseFirstPass(0.0, 2)],
+    ids=lambda s: type(s).__name__,
+)
+def test_with_radius_0_a_scheme_is_the_plain_step(scheme: Step):
+    assert torch.equal(update(scheme)[0], update(plain_step)[0])
+
+
+def test_fsam_without_its_mean_is_strict_at_every_update():
+    _, state = update(FriendlySAM(0.1, sigma=0.0))
+    torch.testing.assert_close(update(FriendlySAM(0.1, sigma=0.0), 1, state)[0], update(STRICT, 1)[0])
+    assert not torch.allclose(update(FriendlySAM(0.1), 1, state)[0], update(STRICT, 1)[0])
+
+
+def test_what_looksam_keeps_lies_across_the_plain_gradient():
+    plain, _ = update(plain_step)
+    strict, state = update(LookSAM(0.1, every=5))
+    across = torch.cat([t.flatten() for t in state.eps])
+    assert abs(float(across @ plain)) < 1e-12 * float(across.norm() * plain.norm())
+    torch.testing.assert_close(across + (strict @ plain) / (plain @ plain) * plain, strict)
+
+
+def test_between_its_updates_looksam_adds_the_kept_part_at_alpha_times_the_plain_norm():
+    _, state = update(LookSAM(0.1, every=2, alpha=0.3))
+    plain, _ = update(plain_step, 1)
+    found, then = update(LookSAM(0.1, every=2, alpha=0.3), 1, state)
+    torch.testing.assert_close((found - plain).norm(), 0.3 * plain.norm())
+    assert isinstance(then, KeptEps)
+    assert then.age == 2  # so the next update is a full one
+    torch.testing.assert_close(update(LookSAM(0.1, every=2, alpha=0.3), 2, then)[0], update(STRICT, 2)[0])
+
+
+def test_a_random_perturbation_moves_the_weights_by_its_radius_in_another_direction():
+    plain, random, strict = (update(s)[0] for s in (plain_step, RandomPerturbation(0.1), STRICT))
+    assert not torch.allclose(random, plain)
+    assert not torch.allclose(random, strict)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "calls"), [(plain_step, STEPS), (STRICT, 2 * STEPS), (CoarseFirstPass(0.1, 2), STEPS + 2)]
+)
+def test_a_coarse_first_pass_costs_its_own_steps_alone(scheme: Step, calls: int):
+    backbone = TinyFlow(dtype=torch.float64)
+    rollout = DRaFT(k=1, sampling=Sampling(STEPS, guidance=1.0)).rollout(backbone, batch_of())
+    with count_calls(backbone.network) as counted:
+        scheme([rollout], ImageScore(backbone, {"toy": toy_reward}, WeightedSum({"toy": 1.0})), backbone.parameters())
+    assert counted.total == calls
