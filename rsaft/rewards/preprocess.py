@@ -1,7 +1,7 @@
 """Images in [0, 1] to the pixels that CLIP and BLIP read: resize, crop or pad, normalise; in torch, with a gradient.
 
-The originals resize uint8 images with PIL (PickScore, CLIP, ImageReward), or a tensor (HPSv2). Both are followed here to
-the rounding; docs/rewards.md has the differences.
+The originals resize uint8 images with PIL (PickScore, CLIP, ImageReward), or a tensor (HPSv2). Both are followed here
+to the rounding; docs/rewards.md has the differences.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def clip_preprocess(
     Args:
         images: in [0, 1]; half precision is computed in fp32.
         size: side of the square that the network reads, in pixels.
-        rounding: where an odd crop lies: "hf" is `CLIPImageProcessor`'s (h - size) // 2, "torchvision" that of open_clip
-            and ImageReward, round((h - size) / 2). They differ by one pixel for some sizes.
+        rounding: where an odd crop lies: "hf" is `CLIPImageProcessor`'s (h - size) // 2, "torchvision" that of
+            open_clip and ImageReward, round((h - size) / 2). They differ by one pixel for some sizes.
         exact: round to whole 1 / 255 as PIL does, before, between and after the passes. For numbers that are compared
             with published ones; the gradient is that of the unrounded values.
 
