@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rsaft.config.messages import did_you_mean, shown
+from rsaft.config.rewards import MODELS
 from rsaft.config.sections import PIPELINES, TESTBED, TINY, Custom, Model, Plain, TestbedReward
 from rsaft.config.settings import RunConfig, to_dict
 from rsaft.errors import ConfigError
@@ -199,6 +200,8 @@ def _rewards(entries: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _reward(settings: Any, path: str) -> Any:
+    if isinstance(settings, MODELS):
+        return _reward_model(settings, path)
     if not isinstance(settings, TestbedReward):
         return component(settings, path)
     world = _world(settings.world)
@@ -209,6 +212,16 @@ def _reward(settings: Any, path: str) -> Any:
             f"{', '.join(choices)}{did_you_mean(settings.name, choices)}"
         )
     return choices[settings.name]
+
+
+def _reward_model(settings: Any, path: str) -> Any:
+    """`rsaft.rewards.NAME` of the settings `rsaft.config.rewards.NAME`, loaded."""
+    from rsaft import rewards
+
+    try:
+        return getattr(rewards, type(settings).__name__)(**vars(settings))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _measures(held_out: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class AestheticScore(Frozen):
     - Cost: one forward of a ViT-L/14 image tower, 304 million parameters, 1.2 GB in fp32.
 
     Args:
-        checkpoint: of the five layers: hub id, folder or file.
+        path_or_id: of the five layers: hub id, folder or file.
         clip: of CLIP ViT-L/14: hub id, folder or file.
         device: where to put it; this process's GPU if there is one.
         dtype: of CLIP's weights and arithmetic; norm and layers are fp32 all the same.
@@ -47,7 +47,7 @@ class AestheticScore(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source = HUB_ID,
+        path_or_id: Source = HUB_ID,
         *,
         clip: Source = CLIP_ID,
         device: str | torch.device | None = None,
@@ -56,7 +56,7 @@ class AestheticScore(Frozen):
     ) -> None:
         super().__init__()
         self.exact = exact
-        path = find_file(checkpoint, FILES, "AestheticScore")
+        path = find_file(path_or_id, FILES, "AestheticScore")
         where, chosen = network_device(device), network_dtype(dtype, "AestheticScore")
         self.head = load_head(path, "AestheticScore", device=where, dtype=chosen)
         self.clip = load_clip(

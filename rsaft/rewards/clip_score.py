@@ -35,11 +35,11 @@ class CLIPScore(Frozen):
     - Cost: one forward of the image tower and one without graph of the text tower.
 
     Args:
-        checkpoint: hub id, folder or file, under the names of transformers or open_clip.
+        path_or_id: hub id, folder or file, under the names of transformers or open_clip.
         scale: see above.
         device: where to put it; this process's GPU if there is one.
         dtype: of weights and arithmetic; norms and cosine are fp32 all the same.
-        tokenizer: folder or hub id of a CLIP tokenizer; None looks beside the weights, then at `checkpoint`.
+        tokenizer: folder or hub id of a CLIP tokenizer; None looks beside the weights, then at `path_or_id`.
         activation: of a checkpoint without config.json: "gelu" for LAION's CLIPs, "quick_gelu" for OpenAI's.
         exact: round pixels as PIL does, for numbers that are compared with published ones.
         backend: "transformers", or "open_clip" to run the same weights in open_clip_torch.
@@ -51,7 +51,7 @@ class CLIPScore(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source = HUB_ID,
+        path_or_id: Source = HUB_ID,
         *,
         scale: Scale = "cosine",
         device: str | torch.device | None = None,
@@ -70,7 +70,7 @@ class CLIPScore(Frozen):
         self.scale, self.exact = scale, exact
         load = load_clip if backend == "transformers" else load_open_clip
         self.clip: Clip = load(
-            checkpoint,
+            path_or_id,
             reward="CLIPScore",
             device=device,
             dtype=dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ class Frozen(nn.Module):
     Rewards hold dropout, and a trainer's `model.train()` that reached it would add noise to every score.
     """
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Frozen:
         """Stay in eval mode, whatever `mode` says."""
         return super().train(False)
 
-    def freeze(self) -> Self:
+    def freeze(self) -> Frozen:
         """Take every parameter out of autograd and enter eval mode; the constructor's last line."""
         return self.requires_grad_(False).eval()
 

@@ -33,7 +33,7 @@ class HP(Frozen):
     - Cost: one forward of a ViT-H/14 image tower, 632 million parameters, 2.5 GB in fp32.
 
     Args:
-        checkpoint: hub id or folder with the two files above.
+        path_or_id: hub id or folder with the two files above.
         device: where to put it; this process's GPU if there is one.
         dtype: of CLIP's weights and arithmetic; the layers are fp32 all the same.
         exact: round pixels as PIL does, for numbers that are compared with published ones.
@@ -44,7 +44,7 @@ class HP(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source = HUB_ID,
+        path_or_id: Source = HUB_ID,
         *,
         device: str | torch.device | None = None,
         dtype: Precision | torch.dtype = "fp32",
@@ -53,12 +53,12 @@ class HP(Frozen):
         super().__init__()
         self.exact = exact
         where, chosen = network_device(device), network_dtype(dtype, "HP")
-        if Path(checkpoint).is_file():
+        if Path(path_or_id).is_file():
             raise ConfigError(f"HP: two files are needed, {BACKBONE_FILES[0]} and {HEAD_FILES[0]}; give their folder.")
-        path = find_file(checkpoint, HEAD_FILES, "HP")
+        path = find_file(path_or_id, HEAD_FILES, "HP")
         self.head = load_head(path, "HP", device=where, dtype=chosen)
         self.clip = load_clip(
-            checkpoint, reward="HP", files=BACKBONE_FILES, device=where, dtype=chosen, reads_text=False
+            path_or_id, reward="HP", files=BACKBONE_FILES, device=where, dtype=chosen, reads_text=False
         )
         found, needed = self.clip.network.config.projection_dim, self.head.layers["0"].in_features
         if found != needed:

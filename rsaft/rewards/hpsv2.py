@@ -34,7 +34,7 @@ class HPSv2(Frozen):
       fp32.
 
     Args:
-        checkpoint: hub id, folder or file; None is the published one of `version`.
+        path_or_id: hub id, folder or file; None is the published one of `version`.
         version: which file of a hub repository or folder. A file is what it is.
         device: where to put it; this process's GPU if there is one.
         dtype: of weights and arithmetic; norms and cosine are fp32 all the same.
@@ -49,7 +49,7 @@ class HPSv2(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source | None = None,
+        path_or_id: Source | None = None,
         *,
         version: Version = "2.1",
         device: str | torch.device | None = None,
@@ -65,7 +65,7 @@ class HPSv2(Frozen):
         self.antialias = antialias
         load = load_clip if backend == "transformers" else load_open_clip
         self.clip: Clip = load(
-            HUB_ID if checkpoint is None else checkpoint,
+            HUB_ID if path_or_id is None else path_or_id,
             reward="HPSv2",
             files=[FILES[version], "model.safetensors", "pytorch_model.bin"],
             device=device,

@@ -31,7 +31,7 @@ class ICT(Frozen):
       fp32.
 
     Args:
-        checkpoint: hub id, folder or file.
+        path_or_id: hub id, folder or file.
         device: where to put it; this process's GPU if there is one.
         dtype: of weights and arithmetic; norms and cosine are fp32 all the same.
         tokenizer: folder or hub id of a CLIP tokenizer; None looks beside the weights, then takes that of `VIT_H`.
@@ -43,7 +43,7 @@ class ICT(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source = HUB_ID,
+        path_or_id: Source = HUB_ID,
         *,
         device: str | torch.device | None = None,
         dtype: Precision | torch.dtype = "fp32",
@@ -53,7 +53,7 @@ class ICT(Frozen):
         super().__init__()
         self.exact = exact
         self.clip = load_clip(
-            checkpoint,
+            path_or_id,
             reward="ICT",
             files=FILES,
             device=device,

@@ -46,7 +46,8 @@ def load_head(path: Path, reward: str, *, device: torch.device, dtype: torch.dty
         head = LinearHead(_widths(weights, path, reward))
     dtype = torch.promote_types(dtype, torch.float32)
     load_strictly(head, {k: v.to(device, dtype, copy=True) for k, v in weights.items()}, path, reward)
-    return head.freeze()
+    head.freeze()
+    return head
 
 
 def _widths(weights: Mapping[str, Tensor], path: Path, reward: str) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ class MPS(Frozen):
       cross-attention; about 1.1 billion parameters, 4.4 GB in fp32.
 
     Args:
-        checkpoint: hub id, folder or file.
+        path_or_id: hub id, folder or file.
         condition: the words that a prompt's words are compared with.
         threshold: how near a word must be to the condition to be read, as a share of the nearest's similarity: 0.3 in
             the authors' evaluation scripts, 0.01 in their module and in imscore. The share is of this prompt's words;
@@ -54,7 +54,7 @@ class MPS(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source = HUB_ID,
+        path_or_id: Source = HUB_ID,
         *,
         condition: str = OVERALL,
         threshold: float = 0.3,
@@ -70,12 +70,12 @@ class MPS(Frozen):
             )
         self.condition, self.threshold, self.exact = condition, threshold, exact
         where, chosen = network_device(device), network_dtype(dtype, "MPS")
-        path = find_file(checkpoint, ("model.safetensors", "pytorch_model.bin"), "MPS")
+        path = find_file(path_or_id, ("model.safetensors", "pytorch_model.bin"), "MPS")
         clip, cross = _parts(read_weights(path, "MPS"), path)
         self.clip = clip_of(
             named_as_transformers(clip, path, "MPS"),
             path,
-            checkpoint,
+            path_or_id,
             reward="MPS",
             device=where,
             dtype=chosen,

@@ -140,8 +140,9 @@ def _attention(
 def _rotated(x: Float[Tensor, "... n d"]) -> Float[Tensor, "... n d"]:
     """Rotary positions (Su et al., 2021): channel i turns with channel i + d/2, by position / 10000^(2 i / d)."""
     n, d = x.shape[-2:]
-    frequencies = 10000.0 ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-    angles = torch.arange(n, device=x.device, dtype=torch.float32)[:, None] * frequencies
+    precise = torch.promote_types(x.dtype, torch.float32)
+    frequencies = 10000.0 ** (-torch.arange(0, d, 2, device=x.device, dtype=precise) / d)
+    angles = torch.arange(n, device=x.device, dtype=precise)[:, None] * frequencies
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

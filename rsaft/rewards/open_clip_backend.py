@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -103,6 +104,7 @@ def import_open_clip(reward: str) -> Any:
         ) from error
 
 
+@functools.cache  # an operator is declared once
 def _declare_torchvision_operators() -> None:
     """Let a torchvision built for CUDA be imported beside a torch built for the CPU.
 

@@ -28,7 +28,7 @@ class PickScore(Frozen):
       fp32.
 
     Args:
-        checkpoint: hub id, folder or file.
+        path_or_id: hub id, folder or file.
         device: where to put it; this process's GPU if there is one.
         dtype: of weights and arithmetic; norms, cosine and scale are fp32 all the same.
         tokenizer: folder or hub id of a CLIP tokenizer; None looks beside the weights, then takes that of `VIT_H`.
@@ -40,7 +40,7 @@ class PickScore(Frozen):
 
     def __init__(
         self,
-        checkpoint: Source = HUB_ID,
+        path_or_id: Source = HUB_ID,
         *,
         device: str | torch.device | None = None,
         dtype: Precision | torch.dtype = "fp32",
@@ -50,7 +50,7 @@ class PickScore(Frozen):
         super().__init__()
         self.exact = exact
         self.clip = load_clip(
-            checkpoint,
+            path_or_id,
             reward="PickScore",
             device=device,
             dtype=dtype,
