@@ -1,13 +1,14 @@
-"""What each mode of RSA-FT costs against a plain DRaFT-1 step, in one process, and what it is worth.
+"""What each mode of RSA-FT costs against a plain step of each trainer, in one process, and what it is worth.
 
     python -m benchmarks.flatten_cost
-    python -m benchmarks.flatten_cost --problems narrow --modes weight "weight, share 1/16"
+    python -m benchmarks.flatten_cost --problems narrow --trainers drtune --modes weight "weight, share 1/16"
 
 Two models: the fashion testbed at T = 50, and a UNet of Stable Diffusion 1.5's shape with reduced width at T = 20.
-Modes take turns, update by update, so that a busy machine slows all of them alike; the figures are medians over the
-updates after the first (means, for an epsilon that is kept: its updates differ). Peak memory is the process's own
-high-water mark above its level before the update (allocated GPU memory on a GPU). The outcome column is gold at matched
-train reward on the frozen testbed, from the finished study. The results are written after each problem.
+Modes take turns, update by update, so that a busy machine slows all of them alike; the figures are means over the
+updates after the first, which draw the same truncation in every mode. Seconds are CPU seconds of the one thread (wall
+seconds on a GPU). Peak memory is the process's own high-water mark above its level before the update (allocated GPU
+memory on a GPU). The outcome column is gold at matched train reward on the frozen testbed, from the finished study.
+The results are written after each problem and trainer.
 """
 
 from __future__ import annotations
@@ -29,15 +30,25 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
+from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM
 from benchmarks.testbed_tables import GOLD, at_reward
 from rsaft import testbed
 from rsaft.backbones import load_backbone
+from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.flatten import RSAFT
-from rsaft.rdrl import DRaFT, ImageScore, WeightedSum, plain_step
+from rsaft.rdrl import AlignProp, DRaFT, DRTune, ImageScore, ReFL, WeightedSum, plain_step
 from rsaft.sampling import Sampling
-from rsaft.types import Backbone, Batch, Reward, Step
+from rsaft.types import Algorithm, Batch, Reward, Step
 
 EVERY = 4  # updates that a kept epsilon serves
+
+# Authors' settings; without gradient checkpointing, which would be the same in all modes.
+TRAINERS: dict[str, Callable[[Sampling], Algorithm]] = {
+    "draft": lambda sampling: DRaFT(k=1, sampling=sampling),
+    "refl": lambda sampling: ReFL(sampling=sampling),
+    "alignprop": lambda sampling: AlignProp(sampling=sampling, gradient_checkpointing=False),
+    "drtune": lambda sampling: DRTune(sampling=sampling),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,9 @@ def modes(rho: float, rho_w: float) -> dict[str, Mode]:
         "weight, share 1/16": weight("share16", eps_share=1 / 16),
         "weight, every 4": weight("every4", eps_every=EVERY),
         "weight, share 1/16, every 4": weight("share16every4", eps_share=1 / 16, eps_every=EVERY),
+        "weight, LookSAM every 4": Mode(LookSAM(rho_w, every=EVERY), f"looksam{EVERY}-{rho_w:g}"),
+        "weight, F-SAM": Mode(FriendlySAM(rho_w), f"fsam-{rho_w:g}"),
+        "weight, first pass of 3 steps": Mode(CoarseFirstPass(rho_w, 3), f"coarse3-{rho_w:g}"),
     }
 
 
@@ -73,7 +87,7 @@ class Problem:
     """A model with its reward and batch."""
 
     title: str
-    backbone: Backbone
+    backbone: DiffusersBackbone
     reward: Reward
     prompts: Sequence[str]
     batch_size: int
@@ -155,63 +169,85 @@ def peak_memory(device: torch.device) -> tuple[Callable[[], None], Callable[[], 
     return restart, lambda: read("VmHWM") - level[0]
 
 
-def measure(problem: Problem, chosen: Mapping[str, Mode], repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds, ratio to plain, and peak MiB of each mode; the modes take turns, update by update."""
+def measure(
+    problem: Problem, algorithm: Algorithm, chosen: Mapping[str, Mode], repeats: int
+) -> dict[str, dict[str, float]]:
+    """Means of each mode; they take turns, update by update."""
     params = problem.backbone.parameters()
     states: dict[str, Any] = dict.fromkeys(chosen)
-    seconds: dict[str, list[float]] = {name: [] for name in chosen}
-    memory: dict[str, list[float]] = {name: [] for name in chosen}
+    seen: dict[str, list[Update]] = {name: [] for name in chosen}
     for update in range(1 + repeats):  # one to warm up
         for name, mode in chosen.items():
             for p in params:
                 p.grad = None
-            elapsed, peak, states[name] = one_update(problem, mode.step, update, states[name])
+            found, states[name] = one_update(problem, algorithm, mode.step, update, states[name])
             print(
-                f"{problem.title}: update {update} of {repeats}, {name}: {elapsed:.2f} s", file=sys.stderr, flush=True
+                f"{problem.title}: update {update} of {repeats}, {name}: {found.seconds:.2f} s",
+                file=sys.stderr,
+                flush=True,
             )
             if update:
-                seconds[name].append(elapsed)
-                memory[name].append(peak)
-    average = {n: statistics.fmean(v) if "every" in n else statistics.median(v) for n, v in seconds.items()}
+                seen[name].append(found)
+    seconds = {name: statistics.fmean(u.seconds for u in found) for name, found in seen.items()}
     return {
         name: {
-            "seconds": average[name],
-            "ratio": average[name] / average["plain"],
-            "peak_mib": statistics.median(memory[name]),
+            "seconds": seconds[name],
+            "ratio": seconds[name] / seconds["plain"],
+            "calls": statistics.fmean(u.calls for u in found),
+            "peak_mib": statistics.median(u.peak_mib for u in found),
         }
-        for name in chosen
+        for name, found in seen.items()
     }
 
 
-def one_update(problem: Problem, step: Step, update: int, state: Any) -> tuple[float, float, Any]:
-    """(seconds, peak MiB, the step's state) of one update without the optimizer."""
+@dataclass(frozen=True)
+class Update:
+    """What one update took."""
+
+    seconds: float
+    calls: float  # of the network, for one sample
+    peak_mib: float
+
+
+def one_update(problem: Problem, algorithm: Algorithm, step: Step, update: int, state: Any) -> tuple[Update, Any]:
+    """One update without the optimizer, and the step's state."""
     ids = tuple(range(problem.batch_size))
     prompts = tuple(problem.prompts[i % len(problem.prompts)] for i in ids)
-    algorithm = DRaFT(k=1, sampling=Sampling(num_steps=problem.num_steps, guidance=1.0))
     score = ImageScore(problem.backbone, {"r": problem.reward}, WeightedSum({"r": 1.0}))
     rollout = algorithm.rollout(problem.backbone, Batch(prompts, ids, step=update, seed=0))
+    on_gpu = problem.backbone.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    rows: list[int] = []
+    hook = problem.backbone.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     reset, peak = peak_memory(problem.backbone.device)
     reset()
-    begun = time.perf_counter()
+    begun = clock()
     state = step([rollout], score, problem.backbone.parameters(), state).state
-    if problem.backbone.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - begun, peak(), state
+    seconds = clock() - begun
+    hook.remove()
+    return Update(seconds, sum(rows) / problem.batch_size, peak()), state
 
 
-def outcomes(study: Path, level: float, chosen: Mapping[str, Mode]) -> dict[str, str]:
-    """Gold where the train reward is `level`, for each mode that the finished study holds."""
+def outcomes(study: Path, level: float, trainer: str, chosen: Mapping[str, Mode]) -> dict[str, str]:
+    """Gold where the train reward is `level`, for each mode that the finished study of a trainer holds."""
     if not study.exists():
         return {}
     stored = json.loads(study.read_text())["cells"]
     cells = {name: {int(seed): cell for seed, cell in runs.items()} for name, runs in stored.items()}  # keys are text
-    found = at_reward(cells, GOLD, level)
+    prefix = "" if trainer == "draft" else f"{trainer}:"
+    own = {name.removeprefix(prefix): runs for name, runs in cells.items() if name.startswith(prefix)}
+    own = {name: runs for name, runs in own.items() if ":" not in name}
+    if "plain" not in own:
+        return {}
+    found = at_reward(own, GOLD, level)
     return {name: found[mode.study].text for name, mode in chosen.items() if mode.study in found}
 
 
 def page(results: Mapping[str, Any]) -> str:
     """The Markdown of all problems measured so far."""
-    lines = ["# Cost of RSA-FT against a plain DRaFT-1 step"]
+    lines = ["# Cost of RSA-FT against a plain step"]
     for found in results.values():
         lines += [
             "",
@@ -219,18 +255,22 @@ def page(results: Mapping[str, Any]) -> str:
             "",
             f"{found['measured']}.",
             "",
-            f"| mode | s | x plain | peak MiB | {found['outcome']} |",
-            "|---|---|---|---|---|",
+            f"| mode | network calls a sample | s | x plain | peak MiB | {found['outcome']} |",
+            "|---|---|---|---|---|---|",
         ]
         for name, row in found["modes"].items():
             worth = row["outcome"] or ("not measured" if found["outcome"] else "")
-            lines.append(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {row['peak_mib']:.0f} | {worth} |")
+            lines.append(
+                f"| {name} | {row['calls']:.1f} | {row['seconds']:.2f} | {row['ratio']:.2f} | {row['peak_mib']:.0f} "
+                f"| {worth} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"plain and these: {'; '.join(modes(1, 1))}")
     parser.add_argument("--repeats", type=int, default=EVERY, help=f"timed updates; a multiple of {EVERY}")
     parser.add_argument("--steps", type=int, help="sampling steps; by default 50 for fashion and 20 for narrow")
@@ -260,17 +300,19 @@ def main() -> None:
     for name in args.problems:
         make, num_steps = PROBLEMS[name]
         problem = make(args.steps or num_steps, args.batch)
-        worth = outcomes(args.study, args.level, chosen) if name == "fashion" else {}
-        rows = measure(problem, chosen, args.repeats)
-        results[name] = {
-            "title": problem.title,
-            "measured": f"{date.today()}, {hardware}, torch {torch.__version__}; {args.repeats} updates in turns",
-            "outcome": f"gold at train reward {args.level:g} (difference to plain)" if worth else "",
-            "modes": {mode: row | {"outcome": worth.get(mode)} for mode, row in rows.items()},
-        }
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        (args.results / "flatten_cost.md").write_text(page(results))
-        print(page({name: results[name]}), flush=True)
+        for trainer in args.trainers:
+            algorithm = TRAINERS[trainer](Sampling(num_steps=problem.num_steps, guidance=1.0))
+            worth = outcomes(args.study, args.level, trainer, chosen) if name == "fashion" else {}
+            rows = measure(problem, algorithm, chosen, args.repeats)
+            results[f"{name}, {trainer}"] = {
+                "title": f"{algorithm.__class__.__name__}: {problem.title}",
+                "measured": f"{date.today()}, {hardware}, torch {torch.__version__}; {args.repeats} updates in turns",
+                "outcome": f"gold at train reward {args.level:g} (difference to plain)" if worth else "",
+                "modes": {mode: row | {"outcome": worth.get(mode)} for mode, row in rows.items()},
+            }
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            (args.results / "flatten_cost.md").write_text(page(results))
+            print(page({name: results[f"{name}, {trainer}"]}), flush=True)
 
 
 if __name__ == "__main__":

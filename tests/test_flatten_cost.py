@@ -19,19 +19,37 @@ def test_figures_are_written_after_a_problem_and_those_of_other_problems_stay(
 ):
     earlier = {"title": "earlier", "measured": "long ago", "outcome": "", "modes": {}}
     (tmp_path / "flatten_cost.json").write_text(json.dumps({"narrow": earlier}))
-    arguments = ["--problems", "fashion", "--modes", "input", "--steps", "1", "--batch", "1", "--results", tmp_path]
+    arguments = [
+        "--problems",
+        "fashion",
+        "--trainers",
+        "draft",
+        "refl",
+        "--modes",
+        "input",
+        "--steps",
+        "2",
+        "--batch",
+        "1",
+        "--results",
+        tmp_path,
+    ]
     monkeypatch.setattr("sys.argv", ["flatten_cost", *map(str, arguments)])
     main()
     results = json.loads((tmp_path / "flatten_cost.json").read_text())
     assert results["narrow"] == earlier
-    assert list(results["fashion"]["modes"]) == ["plain", "input"]
-    assert results["fashion"]["modes"]["plain"]["ratio"] == 1.0
-    assert results["fashion"]["modes"]["input"]["seconds"] > 0
+    assert list(results) == ["narrow", "fashion, draft", "fashion, refl"]
+    for trainer in ("draft", "refl"):
+        found = results[f"fashion, {trainer}"]["modes"]
+        assert list(found) == ["plain", "input"]
+        assert found["plain"]["ratio"] == 1.0
+        assert found["input"]["seconds"] > 0
+        assert found["input"]["calls"] == found["plain"]["calls"] == 2  # ReFL stops at the last of 2 steps: also 2
     page = (tmp_path / "flatten_cost.md").read_text()
     assert "## earlier" in page
     assert "| input |" in page
     lines = [line for line in capsys.readouterr().err.splitlines() if ": update " in line]
-    assert len(lines) == 2 * (1 + EVERY)
+    assert len(lines) == 2 * 2 * (1 + EVERY)
 
 
 @pytest.mark.parametrize(
