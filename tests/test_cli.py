@@ -102,9 +102,9 @@ def test_the_commands_are_these(rsaft):
 
 def test_list_names_what_exists_only(rsaft):
     out = rsaft("list").out
-    for name in ("draft", "plain", "rsaft", "weighted_sum", "hinge", "softmin", "testbed"):
+    for name in ("draft", "plain", "rsaft", "weighted_sum", "hinge", "softmin", "testbed", "hpsv2", "vlm"):
         assert f"  {name} " in out
-    assert "hpsv2" not in out
+    assert "hpsv3" not in out
 
 
 @pytest.mark.parametrize(
