@@ -390,7 +390,6 @@ def test_braces_in_a_prompt_are_text(folders, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"readout": "parsed"}, "readout 'parsed' is unknown; allowed are yes_no, digit, reward_token"),
         ({"readout": "digit", "log_odds": True}, "answers and log_odds belong to the readout yes_no"),
         ({"readout": "reward_token"}, "template has no default"),
         ({"readout": "reward_token", "template": "{prompt}"}, r"<\|Reward\|> once in it"),
