@@ -70,7 +70,7 @@ def hpsv2_preprocess(images: Images, antialias: bool = True, size: int = 224) ->
     Args:
         images: in [0, 1]; half precision is computed in fp32.
         antialias: average over the pixels that a new one covers. torchvision does so for tensors since 0.17; scores
-            computed with older ones need False, which moves pixels by up to 23 / 255 in smooth images.
+            computed with older ones need False, which moves pixels by tens of levels even in smooth images.
         size: side of the square that the network reads, in pixels.
 
     Returns:
