@@ -50,12 +50,12 @@ class FrozenClip(Frozen):
     def image_features(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b d"]:
         """Projected features of normalised pixels, in the network's dtype and not normalised."""
         weight = self.network.visual_projection.weight
-        return _pooled(self.network.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype)))
+        return pooled(self.network.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype)))
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Float[Tensor, "b d"]:
         """Projected features of prompts, in the network's dtype and not normalised."""
-        return _pooled(self.network.get_text_features(input_ids=self.token_ids(prompts)))
+        return pooled(self.network.get_text_features(input_ids=self.token_ids(prompts)))
 
     def token_ids(self, prompts: Sequence[str]) -> Int[Tensor, "b n"]:
         """The tokens of prompts, on the network's device."""
@@ -206,6 +206,6 @@ def build(
     return network
 
 
-def _pooled(output: Any) -> Tensor:
+def pooled(output: Any) -> Tensor:
     """transformers 4 returns the features, transformers 5 an output that holds them."""
     return output if isinstance(output, Tensor) else output.pooler_output

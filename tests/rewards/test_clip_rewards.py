@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rsaft import rewards
 from rsaft.errors import ConfigError
 from rsaft.flatten import InputFlattened
+from rsaft.rdrl.allocations import price
 from rsaft.rewards.clip_tokens import like_open_clip
 from rsaft.rewards.preprocess import clip_preprocess, hpsv2_preprocess
 from rsaft.types import Reward
@@ -325,3 +330,33 @@ def test_the_docstring_says_what_a_user_must_know(name):
     text = getattr(rewards, name).__doc__
     for part in ("Checkpoint:", "Scale:", "Text:", "Preprocessing:", "Cost:", "GB"):
         assert part in text
+
+
+def test_features_are_taken_from_what_either_transformers_returns():
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    from rsaft.rewards.clip_features import pooled
+
+    features = torch.ones(2, 3)
+    assert pooled(features) is features  # transformers 4
+    assert pooled(BaseModelOutputWithPooling(pooler_output=features)) is features  # transformers 5
+
+
+def test_importing_rewards_loads_no_library_and_naming_one_no_transformers():
+    code = (
+        "import rsaft.rewards, sys; print([m for m in ('torch', 'transformers') if m in sys.modules]);"
+        "rsaft.rewards.HPSv2, rsaft.rewards.MPS; print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n") == ["[]", "False", ""]
+
+
+def test_the_price_of_a_reward_can_be_rehearsed_without_data(make):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for name in NAMES:
+        reward = make(name)
+        cost = price(
+            partial(reward, prompts=["a", "b"]), (2, 3, 64, 64), torch.float32, torch.device("cpu"), True, fake
+        )
+        assert (cost.shape, cost.has_gradient) == ((2,), True)
+        assert cost.outside >= sum(p.nbytes for p in reward.clip.network.vision_model.parameters())
