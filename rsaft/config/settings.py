@@ -47,6 +47,9 @@ TYPES: dict[str, dict[str, str]] = {
         "weighted_sum": "rsaft.rdrl.objectives:WeightedSum",
         "hinge": "rsaft.rdrl.objectives:Hinge",
         "softmin": "rsaft.rdrl.objectives:SoftMin",
+        "min": "rsaft.rdrl.objectives:Min",
+        "conservative": "rsaft.rdrl.objectives:Conservative",
+        "log_sigmoid": "rsaft.rdrl.objectives:LogSigmoid",
     },
     "step": {"plain": "rsaft.config.sections:Plain", "rsaft": "rsaft.flatten.rsa_ft:RSAFT"},
 }

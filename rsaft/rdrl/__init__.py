@@ -3,17 +3,20 @@
 from rsaft.rdrl.alignprop import AlignProp
 from rsaft.rdrl.draft import DRaFT
 from rsaft.rdrl.drtune import DRTune
-from rsaft.rdrl.objectives import Hinge, SoftMin, WeightedSum
+from rsaft.rdrl.objectives import Conservative, Hinge, LogSigmoid, Min, SoftMin, WeightedSum
 from rsaft.rdrl.pretraining import Pretraining
 from rsaft.rdrl.refl import ReFL
 from rsaft.rdrl.score import ImageScore, plain_step
 
 __all__ = [
     "AlignProp",
+    "Conservative",
     "DRTune",
     "DRaFT",
     "Hinge",
     "ImageScore",
+    "LogSigmoid",
+    "Min",
     "Pretraining",
     "ReFL",
     "SoftMin",
