@@ -48,7 +48,7 @@ def fill(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     filled = {}
     for name in sorted(state):
         value = state[name]
-        if not value.is_floating_point():
+        if not value.is_floating_point() or name.endswith("inv_freq"):  # constants, no weights
             filled[name] = value.clone()
             continue
         if name.endswith("logit_scale"):

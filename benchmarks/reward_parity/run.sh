@@ -29,9 +29,11 @@ theirs() { # ENVIRONMENT SCRIPT CASE...: once for each case
 }
 
 environment clip
-theirs clip theirs_clip.py open_clip hpsv2
+theirs clip theirs_clip.py open_clip
 theirs clip theirs_imscore.py imscore_mps imscore_aesthetic
+# Before hpsv2 gets the file that its wheel lacks.
 [ -s "$out/attempts.json" ] || "$out/venv_clip/bin/python" "$here/attempts.py" "$out/attempts.json"
+theirs clip theirs_clip.py hpsv2
 environment image_reward
 theirs image_reward theirs_image_reward.py image_reward
 environment hpsv3

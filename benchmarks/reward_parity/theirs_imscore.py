@@ -11,7 +11,7 @@ from pathlib import Path
 import problem
 import shim  # noqa: F401 (before torchvision)
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 LAION, OPENAI = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
 
@@ -28,6 +28,7 @@ def save_clip(folder: str, projection: int, activation: str, vocabulary: Path) -
     model = CLIPModel(config)
     model.load_state_dict(problem.fill(model.state_dict()))
     model.save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
     CLIPTokenizer.from_pretrained(str(vocabulary), model_max_length=77).save_pretrained(folder)
 
 
