@@ -103,6 +103,8 @@ class VLMReward(Frozen):
     ) -> None:
         super().__init__()
         self.template = _checked_template(readout, template, answers, log_odds)
+        if positions not in (None, *get_args(Positions)):
+            raise ConfigError(f"vlm: positions is one of {', '.join(get_args(Positions))}; got '{positions}'.")
         headed = readout == "reward_token"
         self.readout, self.log_odds, self.exact = readout, log_odds, exact
         self.positions: Positions = positions or ("sequence" if headed else "grid")

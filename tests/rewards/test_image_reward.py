@@ -96,6 +96,15 @@ def test_any_dtype_gives_fp32_scores_near_those_of_float64(folder, images, dtype
     torch.testing.assert_close(score, exact.float(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [("bf16", 0.99), ("fp16", 0.999)])
+def test_half_precision_keeps_the_direction_of_the_gradient(folder, images, dtype, least):
+    def gradient(precision: str) -> torch.Tensor:
+        x = images.clone().requires_grad_()
+        return torch.autograd.grad(load(folder, dtype=precision)(x, PROMPTS).sum(), x)[0].flatten()
+
+    assert torch.cosine_similarity(gradient(dtype), gradient("fp32"), dim=0) > least
+
+
 def test_autocast_leaves_the_last_product_in_fp32(folder, images):
     reward = load(folder, dtype="bf16")
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -313,6 +313,16 @@ def test_scores_are_fp32_whatever_the_network(folders, hpsv3, images, dtype):
         torch.testing.assert_close(score, make("fp64")(images, PROMPTS).float(), rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [("bf16", 0.98), ("fp16", 0.999)])
+def test_half_precision_keeps_the_direction_of_the_gradient(hpsv3, folders, images, dtype, least):
+    def gradient(precision: str) -> torch.Tensor:
+        x = images.clone().requires_grad_()
+        reward = load_head(hpsv3, folders, dtype=precision)
+        return torch.autograd.grad(reward(x, PROMPTS).sum(), x)[0].flatten()
+
+    assert torch.cosine_similarity(gradient(dtype), gradient("fp32"), dim=0) > least
+
+
 def test_autocast_leaves_the_last_product_in_fp32(hpsv3, folders, images):
     reward = load_head(hpsv3, folders, dtype="bf16")
     with torch.autocast("cpu", dtype=torch.bfloat16):
