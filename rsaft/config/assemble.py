@@ -53,8 +53,8 @@ def components(config: RunConfig) -> Components:
     step = component(config.step, "config.step")
     return Components(
         algorithm=component(config.algorithm, "config.algorithm"),
-        rewards=_rewards(config.rewards, "config.rewards"),
-        held_out=_rewards(config.held_out, "config.held_out"),
+        rewards=load_rewards(config.rewards, "config.rewards"),
+        held_out=load_rewards(config.held_out, "config.held_out"),
         objective=component(config.objective, "config.objective"),
         step=plain_step if isinstance(step, Plain) else step,
         prompts=load_prompts(config.prompts.train, "train"),
@@ -195,7 +195,12 @@ def _imported(name: str, path: str) -> Any:
     return value
 
 
-def _rewards(entries: Mapping[str, Any], path: str) -> dict[str, Any]:
+def load_rewards(entries: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The rewards that settings describe, by name; `path` is their section, which begins the errors.
+
+    Raises:
+        ConfigError: if one does not exist or does not fit.
+    """
     return {name: _reward(entry, f"{path}.{name}") for name, entry in entries.items()}
 
 

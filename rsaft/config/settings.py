@@ -110,9 +110,9 @@ def validate(settings: Mapping[str, Any]) -> RunConfig:
         model=model,
         prompts=_checked(Prompts, settings["prompts"], "config.prompts"),
         algorithm=_component("algorithm", settings["algorithm"], "config.algorithm"),
-        rewards=_rewards(settings["rewards"], "config.rewards"),
+        rewards=reward_settings(settings["rewards"], "config.rewards"),
         objective=_component("objective", settings["objective"], "config.objective"),
-        held_out=_rewards(held_out, "config.held_out"),
+        held_out=reward_settings(held_out, "config.held_out"),
         step=_component("step", step, "config.step"),
         train=_checked(load_type("rsaft.rdrl.train_config:TrainConfig"), train, "config.train"),
     )
@@ -148,6 +148,24 @@ def build_trainer(config: RunConfig, run: Path) -> Trainer:
     from rsaft.config.assemble import trainer
 
     return trainer(config, run)
+
+
+def reward_settings(value: Any, path: str) -> dict[str, Any]:
+    """The section `rewards` or `held_out` as name -> settings; nothing is loaded, and no code of the user's imported.
+
+    Args:
+        value: what the file holds there.
+        path: its key, which begins the errors.
+
+    Raises:
+        ConfigError: in one sentence with the key's path.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: a mapping from names to rewards is expected; got {shown(value)}.")
+    for name in value:
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_+-]*", name)):
+            raise ConfigError(f"{path}: a reward's name has letters, digits, _, + and - in it; got {shown(name)}.")
+    return {name: _component("reward", entry, f"{path}.{name}") for name, entry in value.items()}
 
 
 @functools.cache
@@ -199,15 +217,6 @@ def _component(kind: str, value: Any, path: str) -> Any:
     if name not in builtin:
         raise ConfigError(f"{path}.type: there is no {kind} {shown(name)}; {choice}{did_you_mean(name, builtin)}")
     return _checked(load_type(builtin[name]), {key: entry for key, entry in value.items() if key != "type"}, path)
-
-
-def _rewards(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path}: a mapping from names to rewards is expected; got {shown(value)}.")
-    for name in value:
-        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_+-]*", name)):
-            raise ConfigError(f"{path}: a reward's name has letters, digits, _, + and - in it; got {shown(name)}.")
-    return {name: _component("reward", entry, f"{path}.{name}") for name, entry in value.items()}
 
 
 def _check_together(config: RunConfig) -> None:

@@ -42,6 +42,18 @@ def joint_collapse_rate(
     return _beats(r_base, r, mode).double().mean()
 
 
+def win_rate(r: Float[Tensor, "n m"], r_base: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
+    """Share of scores that are larger than their baseline's, over samples and rewards alike; a tie is not a win.
+
+    For one reward's win rate, give that column alone: (n, 1).
+
+    Raises:
+        ValueError: as `joint_domination_rate`.
+    """
+    _check(r, r_base)
+    return (r > r_base).double().mean()
+
+
 def tie_rate(r: Float[Tensor, "n m"], r_base: Float[Tensor, "n m"]) -> Float[Tensor, ""]:
     """Share of samples with the same value on at least one reward: the only ones that the two modes may tell apart.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rsaft.metrics import joint_collapse_rate, joint_domination_rate, tie_rate
+from rsaft.metrics import joint_collapse_rate, joint_domination_rate, tie_rate, win_rate
 
 BASE = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 TUNED = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
@@ -58,6 +58,12 @@ def test_only_the_order_of_each_reward_matters():
     ],
 )
 def test_what_cannot_be_compared_is_refused(a: Tensor, b: Tensor, message: str):
-    for rate in (joint_domination_rate, joint_collapse_rate, tie_rate):
+    for rate in (joint_domination_rate, joint_collapse_rate, tie_rate, win_rate):
         with pytest.raises(ValueError, match=message):
             rate(a, b)
+
+
+def test_a_win_rate_counts_scores_one_by_one_and_no_ties():
+    a, b = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[0.0, 2.0], [1.0, 1.0]])
+    assert float(win_rate(a, b)) == 0.5
+    assert [float(win_rate(a[:, k : k + 1], b[:, k : k + 1])) for k in range(2)] == [1.0, 0.0]
