@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from rsaft.backbones.compiled import check_compiled
 from rsaft.backbones.family import Family
 from rsaft.backbones.flux import FLUX
 from rsaft.backbones.lora import LoRA, attach
@@ -72,10 +73,12 @@ def load_backbone(
         vae_dtype: precision of the decoder; fp32 by default, whatever `dtype` is.
         vae_slicing, vae_tiling: decode image by image, or tile by tile (diffusers' own; tiles change the image).
         vae_checkpointing: recompute the decoder's blocks in the backward pass.
-        compile: `torch.compile` the denoiser.
+        compile: `torch.compile` the denoiser. On a CPU its gradients are compared with the uncompiled ones at once,
+            because torch 2.13 makes wrong ones for some networks there; on a GPU `rsaft check` compares them.
 
     Raises:
-        ConfigError: if there is no such pipeline, its family is not supported, or a setting does not fit it.
+        ConfigError: if there is no such pipeline, its family is not supported, or a setting does not fit it; also if
+            torch compiles it wrongly.
     """
     compute = _dtype_of(dtype, "dtype")
     master = torch.promote_types(compute, torch.float32)
@@ -94,7 +97,7 @@ def load_backbone(
     _move(pipe, family, torch.device(device) if device is not None else default_device())
     if compile:
         network.compile()  # in place: the names of its tensors stay
-    return DiffusersBackbone(
+    backbone = DiffusersBackbone(
         pipe,
         family,
         lora=lora,
@@ -105,6 +108,9 @@ def load_backbone(
         max_sequence_length=max_sequence_length,
         prompt_cache=None if prompt_cache is None else Path(prompt_cache),
     )
+    if compile and backbone.device.type == "cpu":
+        check_compiled(backbone)
+    return backbone
 
 
 def _dtype_of(name: str, setting: str) -> torch.dtype:

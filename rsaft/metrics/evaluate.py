@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rsaft.metrics.sharpness import rewards_around
 from rsaft.sampling import Sampling, sample
-from rsaft.types import Backbone, Images, Reward
+from rsaft.types import Backbone, Images, Objective, Reward
 
 Measure = Callable[[Images, Sequence[str]], Mapping[str, Tensor]]
 """(images, prompts) -> named scores (b,): the parts of a judgement, such as a testbed's `gold.parts`."""
@@ -26,8 +26,10 @@ Measure = Callable[[Images, Sequence[str]], Mapping[str, Tensor]]
 class Evaluation:
     """Scores of n images, of which row i belongs to sample id `sample_ids[i]`.
 
-    Keys: "reward/NAME", "held_out/NAME", "measure/NAME/PART", "sharpness/NAME". All on the CPU; NaN where a score, or
-    the image itself, was not finite.
+    Keys: "reward/NAME", "held_out/NAME", "measure/NAME/PART", "sharpness/NAME", "slope/NAME" (L2 norm of the reward's
+    gradient at the image), and, of several rewards under one objective, "pull/NAME" (that norm times the objective's
+    slope in this reward: which one drives the step). All on the CPU; NaN where a score, or the image itself, was not
+    finite.
     """
 
     scores: dict[str, Float[Tensor, " n"]]
@@ -62,6 +64,7 @@ def evaluate(
     held_out: Mapping[str, Reward] | None = None,
     measures: Mapping[str, Measure] | None = None,
     sharpness_rho: float | None = None,
+    objective: Objective | None = None,
     rows: slice | None = None,
 ) -> Evaluation:
     """Sample images without gradient and score them; with the same seed and weights, the same images.
@@ -76,7 +79,8 @@ def evaluate(
         rewards: the rewards trained on.
         held_out: rewards that are only looked at.
         measures: named parts of a judgement.
-        sharpness_rho: radius of S1, computed for each of `rewards`; None leaves it out.
+        sharpness_rho: radius of S1, computed for each of `rewards`; None leaves it and the slopes out.
+        objective: what the rewards are trained through; with it, S1 and two rewards or more, each one's pull is given.
         rows: this rank's part of the n samples; all of them by default. `joined` puts the parts together.
 
     Raises:
@@ -107,6 +111,8 @@ def evaluate(
         for key, values in _scores(moved, judged, rewards, held_out or {}, measures or {}, sharpness_rho):
             column = columns.setdefault(key, torch.full((len(ids),), torch.nan, dtype=torch.float64))
             column[chosen] = values.detach().to("cpu", torch.float64)
+    if objective is not None and sharpness_rho is not None and len(rewards) > 1 and columns:
+        columns |= _pulls(columns, objective, tuple(rewards), texts)
     return Evaluation(columns, images, tuple(texts), tuple(ids))
 
 
@@ -168,15 +174,16 @@ def _scores(
     measures: Mapping[str, Measure],
     sharpness_rho: float | None,
 ) -> Iterator[tuple[str, Float[Tensor, " b"]]]:
-    sharp = {}
+    near = {}
     for name, reward in rewards.items():
         key = f"reward/{name}"
         if sharpness_rho is None:
             yield key, _plain(reward, images, prompts, key)
         else:
-            centre, moved = rewards_around(reward, images, prompts, sharpness_rho)
-            yield key, _checked(centre, len(prompts), key)
-            sharp[f"sharpness/{name}"] = centre - moved
+            found = rewards_around(reward, images, prompts, sharpness_rho)
+            yield key, _checked(found.centre, len(prompts), key)
+            near[f"sharpness/{name}"] = found.centre - found.moved
+            near[f"slope/{name}"] = found.slope
     for name, reward in held_out.items():
         key = f"held_out/{name}"
         yield key, _plain(reward, images, prompts, key)
@@ -186,7 +193,22 @@ def _scores(
         for part, values in parts.items():
             key = f"measure/{name}/{part}"
             yield key, _checked(values, len(prompts), key)
-    yield from sharp.items()
+    yield from near.items()
+
+
+def _pulls(
+    columns: Mapping[str, Tensor], objective: Objective, names: tuple[str, ...], prompts: Sequence[str]
+) -> dict[str, Float[Tensor, " n"]]:
+    """|d direction / d r_k| |d r_k / d x| of each reward and image; NaN where a reward is not finite."""
+    matrix = torch.stack([columns[f"reward/{name}"] for name in names], dim=1)
+    finite = matrix.isfinite().all(dim=1).nonzero().flatten()
+    slopes = torch.full_like(matrix, torch.nan)
+    if len(finite):
+        rewards = matrix[finite].requires_grad_()
+        with torch.enable_grad():
+            _, direction = objective(rewards, names, [prompts[i] for i in finite.tolist()])
+            (slopes[finite],) = torch.autograd.grad(direction.sum(), rewards)
+    return {f"pull/{name}": slopes[:, k].abs() * columns[f"slope/{name}"] for k, name in enumerate(names)}
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ def _label(key: str) -> str:
     kind, _, name = key.partition("/")
     if key == GOLD:
         return "gold"
-    heads = {"reward": "train reward: ", "held_out": "held out: ", "sharpness": "S1 of ", "measure": ""}
+    heads = {"reward": "train reward: ", "held_out": "held out: ", "sharpness": "S1 of ", "pull": "pull of ", "measure": ""}
     return heads[kind] + name.replace("/", ": ")
 
 
@@ -158,9 +158,9 @@ def _quantity(runs: Sequence[Run], key: str) -> dict[str, Any]:
 
 
 def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A chart for each train reward, held-out reward and S1 against step."""
+    """A chart for each train reward, held-out reward, S1, and pull of several rewards, against step."""
     charts: list[dict[str, Any]] = []
-    for key in _all_keys(runs, ("reward/", "held_out/", "sharpness/")):
+    for key in _all_keys(runs, ("reward/", "held_out/", "sharpness/", "pull/")):
         lines = []
         for slot, run in enumerate(runs):
             steps, values = curve(run.evals, key)
@@ -168,7 +168,10 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 lines.append(Line(slot, *curve(run.train, key), is_background=True))
             low, high = _bands(run, key) if key == GOLD else (None, None)
             lines.append(Line(slot, steps, values, low, high))
-        caption = {"sharpness": "r(x) − r(x + δ), mean over images"}
+        caption = {
+            "sharpness": "r(x) − r(x + δ), mean over images",
+            "pull": "size of this reward's part of the gradient at the images",
+        }
         note = "band: 95 % over prompts" if key == GOLD else caption.get(key.split("/")[0], "")
         charts.append(_chart(f"chart-{len(charts)}", lines, _label(key), note))
     return charts

@@ -7,6 +7,7 @@ Assume no sign: it rose with hacking on one testbed world and fell on the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
@@ -42,14 +43,21 @@ def sharpness(
 
     Cost: two forwards and one backward of `reward`.
     """
-    centre, moved = rewards_around(reward, images, prompts, rho, norm=norm)
-    return centre - moved
+    found = rewards_around(reward, images, prompts, rho, norm=norm)
+    return found.centre - found.moved
 
 
-def rewards_around(
-    reward: Reward, images: Images, prompts: Sequence[str], rho: float, *, norm: Norm = "l2"
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """(r(x), r(x + delta)) of each image, where S1 is their difference; arguments and cost as for `sharpness`."""
+@dataclass(frozen=True)
+class Around:
+    """A reward at each image and near it, without a graph."""
+
+    centre: Float[Tensor, " b"]  # r(x)
+    moved: Float[Tensor, " b"]  # r(x + delta): S1 is centre - moved
+    slope: Float[Tensor, " b"]  # L2 norm of the reward's gradient at x
+
+
+def rewards_around(reward: Reward, images: Images, prompts: Sequence[str], rho: float, *, norm: Norm = "l2") -> Around:
+    """What S1 is made of, and the gradient's norm; arguments and cost as for `sharpness`."""
     check_radius(rho, "rho")
     if norm not in get_args(Norm):
         raise ValueError(f"sharpness: norm is one of {', '.join(get_args(Norm))}; got {norm!r}.")
@@ -70,4 +78,5 @@ def rewards_around(
     centre, moved = centre.detach(), moved.detach()
     still = (delta == 0).flatten(1).all(dim=1)  # r(x) - r(x) is 0 whatever the reward's rounding
     finite = torch.isfinite(g).flatten(1).all(dim=1) & torch.isfinite(centre) & torch.isfinite(moved)
-    return centre, torch.where(finite, torch.where(still, centre, moved), torch.nan)
+    slope = torch.where(finite, g.flatten(1).norm(dim=1), torch.nan)
+    return Around(centre, torch.where(finite, torch.where(still, centre, moved), torch.nan), slope)

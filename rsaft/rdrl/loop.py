@@ -201,6 +201,7 @@ class Trainer:
                 held_out=self.held_out,
                 measures=self.measures,
                 sharpness_rho=c.sharpness_rho,
+                objective=self.score.objective,
                 rows=slice(rank * per, (rank + 1) * per),
             )
         whole = joined(distributed.gathered(part))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rsaft.metrics import evaluate, image_grid, joined
+from rsaft.rdrl import Min, WeightedSum
 from rsaft.sampling import Sampling
 from rsaft.schedules import Schedule
 from rsaft.types import Backbone
@@ -78,6 +79,7 @@ def test_every_score_of_every_sample_is_there():
         "measure/gold/red",
         "measure/gold/blue",
         "sharpness/proxy",
+        "slope/proxy",
     ]
     assert all(values.shape == (7,) for values in found.scores.values())
     assert found.prompts == ("a", "bb", "ccc", "a", "bb", "ccc", "a")
@@ -87,6 +89,53 @@ def test_every_score_of_every_sample_is_there():
     torch.testing.assert_close(
         found.scores["sharpness/proxy"], torch.full((7,), 0.5 / 48**0.5).double(), rtol=0, atol=1e-6
     )
+
+
+def test_a_slope_is_the_norm_of_the_rewards_gradient():
+    found = run().scores["slope/proxy"]
+    torch.testing.assert_close(found, torch.full((7,), 48**-0.5).double(), rtol=1e-6, atol=0)
+
+
+def contrast(images, prompts):
+    return images.flatten(1).std(1)
+
+
+def test_the_pull_of_a_reward_is_its_slope_through_the_objective():
+    found = run(rewards={"proxy": brightness, "contrast": contrast}, objective=WeightedSum({"proxy": 3.0})).scores
+    torch.testing.assert_close(found["pull/proxy"], 3 * found["slope/proxy"])
+    assert not found["pull/contrast"].any()
+    assert found["slope/contrast"].all()
+
+
+def test_where_one_reward_leads_the_pull_says_which():
+    found = run(rewards={"proxy": brightness, "contrast": contrast}, objective=Min({"proxy": 1.0, "contrast": 1.0}))
+    least = found.scores["reward/proxy"] < found.scores["reward/contrast"]
+    assert torch.equal(found.scores["pull/proxy"] > 0, least)
+    assert torch.equal(found.scores["pull/contrast"] > 0, ~least)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": None, "rewards": {"proxy": brightness, "contrast": contrast}},
+        {"objective": WeightedSum({"proxy": 1.0})},
+        {
+            "objective": WeightedSum({"proxy": 1.0}),
+            "rewards": {"proxy": brightness, "contrast": contrast},
+            "sharpness_rho": None,
+        },
+    ],
+)
+def test_there_is_no_pull_without_an_objective_two_rewards_and_slopes(changes):
+    assert not any(key.startswith("pull") for key in run(**changes).scores)
+
+
+def test_the_pull_is_nan_where_a_reward_is_not_finite_and_nowhere_else():
+    def broken(images, prompts):
+        return torch.where(torch.tensor([p == "bb" for p in prompts]), torch.nan, contrast(images, prompts))
+
+    found = run(rewards={"proxy": brightness, "broken": broken}, objective=WeightedSum({"proxy": 1.0, "broken": 1.0}))
+    assert found.scores["pull/proxy"].isnan().tolist() == [p == "bb" for p in found.prompts]
 
 
 def test_the_same_weights_give_the_same_images_and_other_weights_others():
