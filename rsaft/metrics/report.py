@@ -134,8 +134,8 @@ def _label(key: str) -> str:
     kind, _, name = key.partition("/")
     if key == GOLD:
         return "gold"
-    heads = {"reward": "train reward: ", "held_out": "held out: ", "sharpness": "S1 of ", "pull": "pull of ", "measure": ""}
-    return heads[kind] + name.replace("/", ": ")
+    heads = {"reward": "train reward: ", "held_out": "held out: ", "sharpness": "S1 of ", "pull": "pull of "}
+    return heads.get(kind, "") + name.replace("/", ": ")
 
 
 def _extent(run: Run) -> str:
