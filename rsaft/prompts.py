@@ -109,15 +109,17 @@ def read_prompts(path: Path) -> PromptFile:
     )
 
 
-def read_rows(path: Path, where: str) -> list[Row]:
+def read_rows(path: Path, where: str, columns: Sequence[str] = PROMPT_COLUMNS) -> list[Row]:
     """All rows of a .txt, .jsonl, .csv or .tsv file, the unusable ones with what is wrong with them.
 
     Args:
         path: the file.
         where: how errors begin.
+        columns: a header names one of these at least, in lower case.
 
     Raises:
-        ConfigError: if the file is missing, of another kind, in UTF-16, or a CSV file whose rows cannot be told apart.
+        ConfigError: if the file is missing, of another kind, in UTF-16, without such a column, or a CSV file whose
+            rows cannot be told apart.
     """
     kind = path.suffix.lower()
     if kind not in SUFFIXES:
@@ -129,13 +131,16 @@ def read_rows(path: Path, where: str) -> list[Row]:
         raise ConfigError(f"{where}: it is not UTF-8 but UTF-16; save the file as UTF-8.")
     # A byte that is not UTF-8 becomes half a character, by which its row is known, whatever the file's kind.
     text = data.decode("utf-8-sig", errors="surrogateescape")
-    read = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv, ".tsv": _from_tsv}[kind]
-    return list(read(text, where))
+    if kind == ".txt":
+        return list(_from_txt(text))
+    if kind == ".jsonl":
+        return list(_from_jsonl(text))
+    return list((_from_csv if kind == ".csv" else _from_tsv)(text, where, columns))
 
 
-def prompt_of(values: dict[str, Any]) -> Any:
-    """What a row has as its prompt; None without such a column."""
-    return next((values[column] for column in PROMPT_COLUMNS if column in values), None)
+def prompt_of(values: dict[str, Any], columns: Sequence[str] = PROMPT_COLUMNS) -> Any:
+    """What a row has as its prompt, under the first of these columns that it has; None without any."""
+    return next((values[column] for column in columns if column in values), None)
 
 
 def over_long(prompts: Sequence[str], lines: Sequence[int], reader: TextReader) -> Finding | None:
@@ -144,12 +149,12 @@ def over_long(prompts: Sequence[str], lines: Sequence[int], reader: TextReader) 
     return _finding(found) if found else None
 
 
-def _from_txt(text: str, where: str) -> Iterator[Row]:
+def _from_txt(text: str) -> Iterator[Row]:
     for number, line in _lines(text):
         yield Row(number, {}, NOT_UTF8) if _is_half(line) else Row(number, {"prompt": line})
 
 
-def _from_jsonl(text: str, where: str) -> Iterator[Row]:
+def _from_jsonl(text: str) -> Iterator[Row]:
     for number, line in _lines(text):
         if _is_half(line):
             yield Row(number, {}, NOT_UTF8)
@@ -169,22 +174,22 @@ def _from_json(number: int, line: str) -> Row:
     return Row(number, {key.strip().lower(): value for key, value in row.items()})
 
 
-def _from_csv(text: str, where: str) -> Iterator[Row]:
+def _from_csv(text: str, where: str, columns: Sequence[str]) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = _header(next(reader, []), where)
+        header = _header(next(reader, []), where, columns)
         for fields in reader:
             yield _from_fields(reader.line_num, header, fields)
     except csv.Error as error:  # from here on, no one can say where a row ends
         raise ConfigError(f"{where}, line {reader.line_num}: this is not CSV: {error}.") from error
 
 
-def _from_tsv(text: str, where: str) -> Iterator[Row]:
+def _from_tsv(text: str, where: str, columns: Sequence[str]) -> Iterator[Row]:
     """Rows as they are published: a line each, quotes left alone; what a spreadsheet quoted is taken out again."""
     lines = _lines(text)
     first = next(lines)[1].rstrip("\r").split("\t")
     quoted = all(_is_quoted(name) for name in first)  # then every field is
-    header = _header([_unquoted(name, quoted) for name in first], where)
+    header = _header([_unquoted(name, quoted) for name in first], where, columns)
     for number, line in lines:
         yield _from_fields(number, header, [_unquoted(value, quoted) for value in line.rstrip("\r").split("\t")])
 
@@ -198,9 +203,9 @@ def _from_fields(number: int, header: list[str], fields: list[str]) -> Row:
     return Row(number, dict.fromkeys(header, "") | dict(zip(header, fields, strict=False)))
 
 
-def _header(names: list[str], where: str) -> list[str]:
+def _header(names: list[str], where: str, columns: Sequence[str]) -> list[str]:
     header = [name.strip().lower() for name in names]
-    if not set(PROMPT_COLUMNS) & set(header):
+    if not set(columns) & set(header):
         raise ConfigError(f"{where}: a column 'prompt' is expected; its columns are {names}.")
     return header
 

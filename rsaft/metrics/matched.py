@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 MIN_BCA = 10  # pairs; with fewer, the acceleration of BCa is itself noise, and the percentile interval is given
+MAX_RESAMPLED = 2 * 10**7  # values resampled at a time: 320 MB; the interval does not depend on it
 
 
 def first_crossing(train: Sequence[float], level: float) -> tuple[int, int, float] | None:
@@ -118,6 +119,7 @@ def mean_interval(
         n_resamples=resamples,
         confidence_level=confidence,
         method="BCa" if len(x) >= MIN_BCA else "percentile",
+        batch=max(1, MAX_RESAMPLED // len(x)),
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return mean, float(interval.low), float(interval.high)
