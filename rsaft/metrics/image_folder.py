@@ -51,7 +51,7 @@ def read_image_folder(folder: Path) -> ImageFolder:
     if not good:
         raise ConfigError(
             f"{where}: no image ({', '.join(IMAGE_SUFFIXES)}) with a prompt was found in it; write metadata.jsonl "
-            'beside them, a line {"file_name": "0.png", "prompt": "a red boot"} each, or 0.png's prompt into 0.txt.'
+            'there, a line {"file_name": "X.png", "prompt": "a boot"} each, or the prompt of X.png into X.txt.'
         )
     listed = [str(file.relative_to(folder)) for _, file in good if file is not None]
     lost = [row for row, file in found if file is None]
