@@ -27,5 +27,9 @@ class ExportError(RsaftError):
     """An exported model does not reproduce the trained one."""
 
 
+class RewardError(RsaftError):
+    """A reward gives no score, or nothing that training can use."""
+
+
 class MissingExtraError(RsaftError, ImportError):
     """An optional dependency is not installed; the message holds the install line."""

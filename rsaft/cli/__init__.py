@@ -182,10 +182,14 @@ def list_types(
     for name in choices if what is None else [what]:
         print(f"{name}:")
         entries = _commands() if name == "commands" else TYPES[kinds[name]]
+        if name == "rewards":
+            entries = {entry: _summary(where) for entry, where in entries.items()}
         for entry, text in entries.items():
             print(f"  {entry:<14}{text}")
         if name != "commands":
             print(f"  {'MODULE:NAME':<14}your own, importable from the working directory, with args: {{...}}")
+        if name == "rewards":
+            print("All but remote have a gradient, which ReFL, DRaFT, AlignProp and DRTune need.")
 
 
 @app.command()
@@ -229,6 +233,15 @@ def compare(
     _say(text.rstrip())
     for path in written:
         _say(f"wrote {path}")
+
+
+def _summary(where: str) -> str:
+    """The first line of what is said of "module:Name"."""
+    import importlib
+    import inspect
+
+    module, _, name = where.partition(":")
+    return (inspect.getdoc(getattr(importlib.import_module(module), name)) or where).splitlines()[0]
 
 
 def main() -> None:

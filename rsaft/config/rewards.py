@@ -29,7 +29,7 @@ class HPSv2:
 
 @dataclass(frozen=True)
 class PickScore:
-    """PickScore v1, about 100 times a cosine; 3.94 GB."""
+    """PickScore v1, about 100 times a cosine; 3.94 GB, code MIT, of the weights no licence seen."""
 
     path_or_id: str = "yuvalkirstain/PickScore_v1"  # hub id, folder or file
     device: str | None = None  # null is this process's GPU, if there is one
@@ -40,7 +40,7 @@ class PickScore:
 
 @dataclass(frozen=True)
 class CLIPScore:
-    """The cosine of image and prompt under an untuned CLIP; 1.7 GB."""
+    """The cosine of image and prompt under an untuned CLIP; 1.7 GB, code MIT."""
 
     path_or_id: str = "openai/clip-vit-large-patch14"  # hub id, folder or file of any CLIP
     scale: Literal["cosine", "torchmetrics", "hessel"] = "cosine"  # max(100 cos, 0); 2.5 max(cos, 0)
@@ -65,7 +65,7 @@ class AestheticScore:
 
 @dataclass(frozen=True)
 class ICT:
-    """Image-contained text, a cosine of a tuned ViT-H/14; MIT (code)."""
+    """Image-contained text, a cosine of a tuned ViT-H/14; 986 M values, code MIT."""
 
     path_or_id: str = "8y/ICT"  # hub id, folder or file
     device: str | None = None  # null is this process's GPU, if there is one
@@ -76,7 +76,7 @@ class ICT:
 
 @dataclass(frozen=True)
 class HP:
-    """High preference, 0 to 1, of a tuned ViT-H/14; MIT (code). Reads no prompt."""
+    """High preference, 0 to 1, of a tuned ViT-H/14; 633 M values, code MIT. Reads no prompt."""
 
     path_or_id: str = "8y/HP"  # hub id or folder with hp_backbone/ and hp_scorer/
     device: str | None = None  # null is this process's GPU, if there is one
@@ -86,7 +86,7 @@ class HP:
 
 @dataclass(frozen=True)
 class MPS:
-    """Multi-dimensional preference score, of ViT-H/14 tokens under cross-attention; MIT (code)."""
+    """Multi-dimensional preference score, of ViT-H/14 tokens under cross-attention; 1.1 G values, code MIT."""
 
     path_or_id: str = "RE-N-Y/mpsv1"  # hub id, folder or file
     # The words that a prompt's words are compared with; these select the overall score.
@@ -114,7 +114,7 @@ class ImageReward:
 
 @dataclass(frozen=True)
 class VLMReward:
-    """A reward read off a Qwen2-VL or Qwen2.5-VL: odds of an answer, an expected grade, or a trained head."""
+    """A reward read off a Qwen2-VL or 2.5-VL: P(yes), a grade, or HPSv3's head; 16.6 GB, Apache-2.0 (HPSv3: MIT)."""
 
     path_or_id: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id or folder; of reward_token a file, too
     readout: Literal["yes_no", "digit", "reward_token"] = "yes_no"  # what is read
@@ -132,4 +132,16 @@ class VLMReward:
     attention: Literal["sdpa", "eager"] = "sdpa"  # eager has second derivatives
 
 
-MODELS = (HPSv2, PickScore, CLIPScore, AestheticScore, ICT, HP, MPS, ImageReward, VLMReward)
+@dataclass(frozen=True)
+class RemoteReward:
+    """Scores from a server over HTTP, such as examples/reward_server.py. No gradient."""
+
+    url: str  # http:// or https://
+    encoding: Literal["png", "raw"] = "png"  # raw: fp32 values, larger and exact
+    timeout: float = 60.0  # seconds that one request may take
+    retries: int = 3  # tries after the first, when the server is busy, broken or away
+    backoff: float = 1.0  # seconds before the first retry; doubles with each
+    max_mib: float = 64.0  # largest request; more images go in several
+
+
+MODELS = (HPSv2, PickScore, CLIPScore, AestheticScore, ICT, HP, MPS, ImageReward, VLMReward, RemoteReward)

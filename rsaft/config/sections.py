@@ -70,7 +70,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class TestbedReward:
-    """A reward of a testbed's world."""
+    """A reward of a testbed's world; ships with rsaft, Apache-2.0 (the photographs: MIT)."""
 
     __test__ = False  # for pytest: not a test
 

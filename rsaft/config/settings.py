@@ -42,6 +42,7 @@ TYPES: dict[str, dict[str, str]] = {
         "hp": "rsaft.config.rewards:HP",
         "mps": "rsaft.config.rewards:MPS",
         "vlm": "rsaft.config.rewards:VLMReward",
+        "remote": "rsaft.config.rewards:RemoteReward",
     },
     "objective": {
         "weighted_sum": "rsaft.rdrl.objectives:WeightedSum",

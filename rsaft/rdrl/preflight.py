@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rsaft.errors import ConfigError, NonFiniteError, RsaftError
 from rsaft.flatten.weight import global_norm
-from rsaft.rdrl.score import ImageScore
+from rsaft.rdrl.score import ImageScore, checked
 from rsaft.sampling import sample
 from rsaft.types import Algorithm, Backbone, Batch, Images, Objective, Reward, Step
+
+LARGEST = 1e4  # of a score; rewards in use lie between -10 and 100
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,18 @@ def _guarded(reward: Reward, name: str, seen: dict[str, float], *, differentiabl
                 f"check: the model's image of '{prompts[0]}' is not finite before any training; load the model in "
                 "fp32, or look at its VAE."
             )
-        scores: Any = reward(images, prompts)
-        if not isinstance(scores, Tensor) or tuple(scores.shape) != (len(prompts),):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ConfigError(
-                f"reward '{name}' returned {found} for {len(prompts)} image; it must return a tensor with one score an "
-                f"image, shape ({len(prompts)},)."
-            )
+        scores = checked(reward(images, prompts), name, images)
         broken = scores.detach()[~scores.isfinite()]
         if len(broken):
             raise ConfigError(
                 f"reward '{name}' gave {float(broken[0])} for an image of '{prompts[0]}'; training masks such samples, "
                 "and here there is no other; look at that reward."
+            )
+        large = scores.detach()[scores.detach().abs() > LARGEST]
+        if len(large):
+            raise ConfigError(
+                f"reward '{name}' gave {float(large[0]):g}, and scores up to {LARGEST:g} in size are expected: it "
+                "would drown every other one; divide it (rsaft.rewards.shaping.Standardized)."
             )
         if differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
             raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rsaft.errors import ConfigError
 from rsaft.types import Backbone, Images, Loss, Objective, Reward, Rollout, Sample, Score, StepOutput
 
 
@@ -49,15 +50,48 @@ class ImageScore:
     def _matrix(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b m"]:
         # Half precision loses a perturbation of norm 1e-2 (specs: cosine 0.1 to 0.6), so rewards run outside autocast.
         with torch.autocast(images.device.type, enabled=False):
-            columns = [_checked(reward(images, prompts), name, len(prompts)) for name, reward in self.rewards.items()]
-        return torch.stack(columns, dim=1)
+            columns = [checked(reward(images, prompts), name, images) for name, reward in self.rewards.items()]
+        matrix = torch.stack(columns, dim=1)
+        if images.requires_grad and torch.is_grad_enabled():
+            constant = [k for k, column in enumerate(columns) if not column.requires_grad]
+            if constant:
+                self._refuse_constant(matrix, constant, prompts)
+        return matrix
+
+    def _refuse_constant(self, matrix: Float[Tensor, "b m"], constant: list[int], prompts: Sequence[str]) -> None:
+        """An error if the objective uses a reward that has no gradient: its part of the update would be missing."""
+        names = tuple(self.rewards)
+        rewards = matrix.detach().requires_grad_()
+        _, direction = self.objective(rewards, names, prompts)
+        (slopes,) = torch.autograd.grad(direction.nan_to_num().sum(), rewards, materialize_grads=True)
+        used = [names[k] for k in constant if bool((slopes[:, k] != 0).any())]
+        if used:
+            raise ConfigError(
+                f"reward '{used[0]}' is not differentiable: its score has no gradient, and the algorithm "
+                "backpropagates through it; keep it free of no_grad, detach, numpy and PIL, or list it under held_out."
+            )
 
 
-def _checked(scores: Tensor, name: str, num_samples: int) -> Float[Tensor, " b"]:
-    if tuple(scores.shape) != (num_samples,):
-        raise ValueError(
-            f"reward '{name}' returned shape {tuple(scores.shape)} for {num_samples} images; it must return one score "
-            f"an image, shape ({num_samples},)."
+def checked(scores: Any, name: str, images: Images) -> Float[Tensor, " b"]:
+    """A reward's scores as fp32 (fp64 stays), if they are one floating-point number an image, where the images are.
+
+    Raises:
+        ConfigError: if they are not; it names the reward.
+    """
+    if not isinstance(scores, Tensor):
+        raise ConfigError(
+            f"reward '{name}' returned {type(scores).__name__} for {len(images)} images; it must return a tensor."
+        )
+    if tuple(scores.shape) != (len(images),):
+        raise ConfigError(
+            f"reward '{name}' returned shape {tuple(scores.shape)} for {len(images)} images; it must return one score "
+            f"an image, shape ({len(images)},)."
+        )
+    if not scores.is_floating_point():
+        raise ConfigError(f"reward '{name}' returned {scores.dtype} scores; they must be floating-point numbers.")
+    if scores.device != images.device:
+        raise ConfigError(
+            f"reward '{name}' returned scores on {scores.device} for images on {images.device}; return them there."
         )
     return scores if scores.dtype == torch.float64 else scores.float()
 

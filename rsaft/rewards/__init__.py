@@ -17,6 +17,7 @@ _HOMES = {
     "ImageReward": "rsaft.rewards.image_reward",
     "MPS": "rsaft.rewards.mps",
     "PickScore": "rsaft.rewards.pickscore",
+    "RemoteReward": "rsaft.rewards.remote",
     "VLMReward": "rsaft.rewards.vlm",
 }
 

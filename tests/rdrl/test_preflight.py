@@ -55,6 +55,10 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean()
 
 
+def huge(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return 1e5 * images[:, 0].mean((1, 2)).clamp_min(0) / images[:, 0].mean((1, 2)).clamp_min(0).detach() / 2
+
+
 def no_tensor(images: Tensor, prompts: Sequence[str]) -> float:
     return 1.0
 
@@ -68,7 +72,8 @@ def flat(images: Tensor, prompts: Sequence[str]) -> Tensor:
     [
         (nan, "reward 'mine' gave nan for an image of 'a cat'"),
         (detached, "reward 'mine' is not differentiable"),
-        (one_number, "reward 'mine' returned () for 1 image"),
+        (one_number, "reward 'mine' returned shape () for 1 images"),
+        (huge, "reward 'mine' gave 50000"),
         (no_tensor, "reward 'mine' returned float for 1 image"),
         (flat, "check: the gradient of the trainable values has norm 0.0"),
     ],

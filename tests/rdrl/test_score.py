@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rsaft.errors import ConfigError
 from rsaft.rdrl import DRaFT, Hinge, ImageScore, SoftMin, WeightedSum, plain_step
 from rsaft.sampling import Sampling
 from rsaft.types import Loss, Sample, Score
@@ -123,7 +124,7 @@ def test_one_non_finite_reward_of_several_masks_the_sample(flow):
 @pytest.mark.parametrize("shape", [(B, 1), (1,), ()])
 def test_a_reward_of_the_wrong_shape_is_named(flow, shape):
     score = ImageScore(flow, {"sharp": lambda images, prompts: torch.zeros(shape)}, WeightedSum({"sharp": 1.0}))
-    with pytest.raises(ValueError, match=rf"reward 'sharp' returned shape .* for {B} images.*shape \({B},\)"):
+    with pytest.raises(ConfigError, match=rf"reward 'sharp' returned shape .* for {B} images.*shape \({B},\)"):
         score(_images(), _sample())
 
 
@@ -163,3 +164,32 @@ def test_plain_step_adds_to_the_gradient_and_returns_losses_without_graph(flow):
     (loss,) = out.losses
     assert isinstance(loss, Loss)
     assert [t.requires_grad for t in (loss.value, loss.direction, loss.rewards)] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (lambda x, p: [1.0] * len(x), "returned list for 4 images"),
+        (lambda x, p: x.mean((1, 2, 3)).long(), "returned torch.int64 scores"),
+        (lambda x, p: torch.zeros(len(x), device="meta"), "on meta for images on cpu"),
+        (lambda x, p: x.detach().mean((1, 2, 3)), "is not differentiable"),
+    ],
+)
+def test_a_reward_that_training_cannot_use_is_named(flow, reward, sentence):
+    with pytest.raises(ConfigError, match=f"reward 'mine' .*{sentence}|reward 'mine' {sentence}"):
+        ImageScore(flow, {"toy": toy_reward, "mine": reward}, WeightedSum({"toy": 1.0, "mine": 1.0}))(
+            _images(), _sample()
+        )
+
+
+def test_a_reward_without_gradient_may_be_measured_if_the_objective_leaves_it_out(flow):
+    def black_box(images, prompts):
+        return images.detach().mean((1, 2, 3))
+
+    images, rewards = _images(), {"toy": toy_reward, "box": black_box}
+    loss = ImageScore(flow, rewards, WeightedSum({"toy": 1.0}))(images, _sample())
+    alone = ImageScore(flow, {"toy": toy_reward}, WeightedSum({"toy": 1.0}))(images, _sample())
+    assert torch.equal(*(torch.autograd.grad(found.value, images)[0] for found in (loss, alone)))
+    torch.testing.assert_close(loss.rewards[:, 1], black_box(images, PROMPTS))
+    with torch.no_grad():  # where nothing is backpropagated it may be used, as by policy gradients
+        ImageScore(flow, rewards, WeightedSum({"box": 1.0}))(images, _sample())

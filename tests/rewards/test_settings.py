@@ -1,7 +1,7 @@
 """A run file names a built-in reward by its type, with the keys and defaults of its constructor."""
 
 import inspect
-from dataclasses import asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,8 @@ def run_file(**entry):
 def test_settings_are_the_keywords_and_defaults_of_the_constructor(settings):
     parameters = list(inspect.signature(getattr(rewards, settings.__name__)).parameters.values())
     assert [p.name for p in parameters] == [field.name for field in fields(settings)]
-    assert {p.name: p.default for p in parameters} == asdict(settings())
+    given = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    assert given == {field.name: field.default for field in fields(settings) if field.default is not MISSING}
 
 
 def test_every_reward_model_is_public_and_has_a_type():
@@ -34,6 +35,7 @@ def test_every_reward_model_is_public_and_has_a_type():
 
 
 MODEL_TYPES = [name for name, path in TYPES["reward"].items() if path.startswith("rsaft.config.rewards:")]
+MODEL_TYPES.remove("remote")  # no model: its address has no default, and it has no dtype
 
 
 @pytest.mark.parametrize("name", MODEL_TYPES)
@@ -64,3 +66,9 @@ def test_a_missing_checkpoint_is_named_with_its_place_in_the_run_file(tmp_path: 
     config = run_file(type="pickscore", path_or_id=str(tmp_path))
     with pytest.raises(ConfigError, match=r"^config.rewards.proxy: PickScore: the folder '.*' holds none of "):
         components(config)
+
+
+def test_a_remote_reward_needs_an_address():
+    assert run_file(type="remote", url="http://127.0.0.1:8700").rewards["proxy"].encoding == "png"
+    with pytest.raises(ConfigError, match=r"config\.rewards\.proxy\.url"):
+        run_file(type="remote")
