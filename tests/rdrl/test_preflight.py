@@ -56,7 +56,7 @@ def one_number(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def huge(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return 1e5 * images[:, 0].mean((1, 2)).clamp_min(0) / images[:, 0].mean((1, 2)).clamp_min(0).detach() / 2
+    return 5e4 + images.mean((1, 2, 3))
 
 
 def no_tensor(images: Tensor, prompts: Sequence[str]) -> float:
