@@ -12,6 +12,7 @@ import typer
 
 from rsaft.cli.arguments import rank, refuse_filled, run_directory, split_settings
 from rsaft.cli.complaints import complain
+from rsaft.cli.eval import ManyRewards, evaluate
 from rsaft.errors import ConfigError, RsaftError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -242,6 +243,9 @@ def _summary(where: str) -> str:
 
     module, _, name = where.partition(":")
     return (inspect.getdoc(getattr(importlib.import_module(module), name)) or where).splitlines()[0]
+
+
+app.command("eval", cls=ManyRewards)(evaluate)
 
 
 def main() -> None:
