@@ -6,6 +6,7 @@ Dimension letters: b samples, m rewards, c h w channels and size of images, hz w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -126,6 +127,15 @@ class Backbone(Protocol):
 
     def decode(self, latents: Latents) -> Images:
         """fp32 images in [0, 1], differentiable; the clamp is straight-through."""
+        ...
+
+
+@runtime_checkable
+class BackboneWithBase(Backbone, Protocol):
+    """A Backbone that can still be the model it was before training."""
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside, denoisers, those made before too, are the base model's; the trained weights stay as they are."""
         ...
 
 

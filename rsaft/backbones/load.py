@@ -53,6 +53,7 @@ def load_backbone(
     vae_tiling: bool = False,
     vae_checkpointing: bool = False,
     compile: bool = False,
+    keep_base: bool = False,
 ) -> DiffusersBackbone:
     """A Backbone from a diffusers folder or hub id: Stable Diffusion 1.x, 2.x, XL, 3, 3.5, or Flux.1.
 
@@ -75,6 +76,8 @@ def load_backbone(
         vae_checkpointing: recompute the decoder's blocks in the backward pass.
         compile: `torch.compile` the denoiser. On a CPU its gradients are compared with the uncompiled ones at once,
             because torch 2.13 makes wrong ones for some networks there; on a GPU `rsaft check` compares them.
+        keep_base: keep a copy of the network as it was loaded, for terms to the base model (`rsaft.rdrl.kl`), where the
+            whole network is trained; with an adapter the base is there anyway.
 
     Raises:
         ConfigError: if there is no such pipeline, its family is not supported, or a setting does not fit it; also if
@@ -107,6 +110,7 @@ def load_backbone(
         negative_prompt=negative_prompt,
         max_sequence_length=max_sequence_length,
         prompt_cache=None if prompt_cache is None else Path(prompt_cache),
+        keep_base=keep_base,
     )
     if compile and backbone.device.type == "cpu":
         check_compiled(backbone)

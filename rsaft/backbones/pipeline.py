@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class DiffusersBackbone:
         negative_prompt: str | None = None,
         max_sequence_length: int | None = None,
         prompt_cache: Path | None = None,
+        keep_base: bool = False,
     ) -> None:
         self.pipe = pipe  # Any: diffusers sets a pipeline's parts at run time
         self.family = family
@@ -60,6 +62,7 @@ class DiffusersBackbone:
         self._negative_prompt = negative_prompt
         self._max_sequence_length = max_sequence_length
         self._has_text_encoders = True
+        self._base = deepcopy(self.network).requires_grad_(False) if keep_base and lora is None else None
         self._cache = (
             None if prompt_cache is None else cache.open_cache(prompt_cache, pipe, family, max_sequence_length)
         )
@@ -156,6 +159,30 @@ class DiffusersBackbone:
             return u_uncond + guidance * (self._predict(x_t, t, cond, guidance) - u_uncond)
 
         return detached if detach_unconditional else joint
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside, denoisers are those of the model as it was loaded: its adapter is off, or its kept copy is used.
+
+        Raises:
+            ConfigError: if the whole network is trained and no copy was kept.
+        """
+        if self.lora is not None:
+            self.network.disable_adapters()
+            try:
+                yield
+            finally:
+                self.network.enable_adapters()
+            return
+        if self._base is None:
+            raise ConfigError(
+                "base model: the whole network is trained, and no copy of it was kept; load it with keep_base=True."
+            )
+        trained, self.network = self.network, self._base
+        try:
+            yield
+        finally:
+            self.network = trained
 
     def _unconditional(self, cond: Conditioning) -> Conditioning:
         if self._negative_prompt is None and self.family.zero_unconditional(self.pipe):

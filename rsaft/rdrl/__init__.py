@@ -3,6 +3,7 @@
 from rsaft.rdrl.alignprop import AlignProp
 from rsaft.rdrl.draft import DRaFT
 from rsaft.rdrl.drtune import DRTune
+from rsaft.rdrl.kl import OverRated, WithKL
 from rsaft.rdrl.objectives import Conservative, Hinge, LogSigmoid, Min, SoftMin, WeightedSum
 from rsaft.rdrl.pretraining import Pretraining
 from rsaft.rdrl.refl import ReFL
@@ -17,9 +18,11 @@ __all__ = [
     "ImageScore",
     "LogSigmoid",
     "Min",
+    "OverRated",
     "Pretraining",
     "ReFL",
     "SoftMin",
     "WeightedSum",
+    "WithKL",
     "plain_step",
 ]

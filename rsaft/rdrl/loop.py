@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Trainer:
         measures: Mapping[str, Measure] | None = None,
         config: TrainConfig | None = None,
         run_dir: str | os.PathLike[str] | None = None,
+        gate: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None,
         description: str | None = None,
     ) -> None:
         """Set up a run; nothing is written before `fit`.
@@ -72,6 +73,7 @@ class Trainer:
             measures: named scores with parts that evaluations report.
             config: settings of the loop.
             run_dir: folder of the run; the first free runs/run-N by default.
+            gate: which samples' penalty counts, from their rewards (`rsaft.rdrl.kl.OverRated`); all by default.
             description: text of the run directory's config.yaml.
 
         Raises:
@@ -86,7 +88,7 @@ class Trainer:
         self.step = step
         self.prompts = prompt_list(prompts)
         self.eval_prompts = self.prompts if eval_prompts is None else prompt_list(eval_prompts)
-        self.score = ImageScore(backbone, self.rewards, objective)
+        self.score = ImageScore(backbone, self.rewards, objective, gate)
         distributed.join(backbone.device)
         # Every rank names the first rank's folder, which another rank may already have made.
         self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(free_run_dir("run"))[0]

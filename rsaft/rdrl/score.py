@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ class ImageScore:
     backbone: Backbone
     rewards: Mapping[str, Reward]
     objective: Objective
+    # From the rewards, which samples' penalty counts: (b, m) rewards and their names to (b,) factors. None: all.
+    gate: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None
 
     def view(self, sample: Sample) -> Images:
         """The images, with their graph: what is perturbed and rewarded."""
@@ -36,16 +38,23 @@ class ImageScore:
         detached = torch.where(torch.isfinite(rewards), rewards, torch.nan).detach()
         if bool(valid.all()):
             losses, direction = self.objective(rewards, tuple(self.rewards), sample.prompts)
-            return Loss(losses.mean() + _penalty(sample, valid), direction, detached, valid)
+            return Loss(losses.mean() + self._penalty(sample, detached, valid), direction, detached, valid)
         rows = valid.nonzero().flatten()
         value = view[:0].sum()  # 0 with a graph, also where the images themselves are not finite
         direction = value.to(rewards.dtype).expand(len(valid))
         if len(rows):
             prompts = [sample.prompts[i] for i in rows.tolist()]
             losses, part = self.objective(self._matrix(view[rows], prompts), tuple(self.rewards), prompts)
-            value = losses.sum() / len(valid) + _penalty(sample, valid)
+            value = losses.sum() / len(valid) + self._penalty(sample, detached, valid)
             direction = direction.index_put((rows,), part)
         return Loss(value, direction, detached, valid)
+
+    def _penalty(self, sample: Sample, rewards: Float[Tensor, "n m"], valid: Bool[Tensor, " n"]) -> Tensor | float:
+        """The sample's own term of the loss, gated, and masked like its rewards."""
+        if sample.penalty is None:
+            return 0.0
+        penalty = sample.penalty if self.gate is None else self.gate(rewards, tuple(self.rewards)) * sample.penalty
+        return torch.where(valid, penalty, 0.0).sum() / len(valid)
 
     def _matrix(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, "b m"]:
         # Half precision loses a perturbation of norm 1e-2 (specs: cosine 0.1 to 0.6), so rewards run outside autocast.
@@ -94,11 +103,6 @@ def checked(scores: Any, name: str, images: Images) -> Float[Tensor, " b"]:
             f"reward '{name}' returned scores on {scores.device} for images on {images.device}; return them there."
         )
     return scores if scores.dtype == torch.float64 else scores.float()
-
-
-def _penalty(sample: Sample, valid: Bool[Tensor, " n"]) -> Tensor | float:
-    """The sample's own term of the loss, masked like its rewards."""
-    return 0.0 if sample.penalty is None else torch.where(valid, sample.penalty, 0.0).sum() / len(valid)
 
 
 def detached(loss: Loss) -> Loss:

@@ -39,7 +39,14 @@ class Testbed:
     path: Path  # folder of the diffusers pipeline
 
 
-def load(name: str, *, lora: LoRA | None = None, base: Path | None = None, rewards: Path | None = None) -> Testbed:
+def load(
+    name: str,
+    *,
+    lora: LoRA | None = None,
+    base: Path | None = None,
+    rewards: Path | None = None,
+    keep_base: bool = False,
+) -> Testbed:
     """The world `name`, from the files of the package alone.
 
     Args:
@@ -47,6 +54,7 @@ def load(name: str, *, lora: LoRA | None = None, base: Path | None = None, rewar
         lora: adapter to train; None trains the whole UNet.
         base: folder of another pipeline of the same world (a replication set); the packaged one by default.
         rewards: folder of other reward models (`train.safetensors` and any number of held-out ones).
+        keep_base: keep a copy of the UNet for terms to the base model.
 
     Raises:
         ConfigError: if there is no such world.
@@ -63,7 +71,7 @@ def load(name: str, *, lora: LoRA | None = None, base: Path | None = None, rewar
     base, rewards = Path(base or DATA / name / "pipeline"), Path(rewards or DATA / name / "rewards")
     _require(base / "model_index.json")
     _require(rewards / "train.safetensors")
-    backbone = load_backbone(str(base), lora=lora, dtype="fp32")
+    backbone = load_backbone(str(base), lora=lora, dtype="fp32", keep_base=keep_base)
     learned: dict[str, Callable[..., Any]] = {
         path.stem: load_reward(path).to(backbone.device) for path in sorted(rewards.glob("*.safetensors"))
     }
