@@ -78,7 +78,8 @@ def test_sections_become_the_dataclasses_beside_the_code():
 def test_every_shipped_run_validates_alone_and_under_every_overlay(path: Path):
     assert isinstance(load_config([path]).step, Plain)
     for overlay in OVERLAYS:
-        assert isinstance(load_config([path, overlay]).step, RSAFT)
+        config = load_config([path, overlay])
+        assert (config.kl is not None) if overlay.stem == "kl" else isinstance(config.step, RSAFT)
 
 
 def test_draft_lv_has_the_settings_of_the_paper():
@@ -94,6 +95,14 @@ def test_resolved_settings_give_the_same_config_again(tmp_path: Path):
     config = validate(BASE)
     path = write(tmp_path / "config.yaml", to_dict(config))
     assert load_config([path]) == config
+
+
+def test_a_kl_term_is_there_if_asked_for(tmp_path: Path):
+    assert validate(BASE).kl is None
+    assert "kl" not in to_dict(validate(BASE))
+    path = write(tmp_path / "config.yaml", to_dict(validate(BASE | {"kl": {"weight": 0.5}})))
+    assert load_config([path]).kl.weight == 0.5
+    assert load_config([path], ["kl=null"]) == validate(BASE)
 
 
 def test_overlays_merge_and_overrides_come_last(tmp_path: Path):
@@ -162,6 +171,9 @@ def test_a_path_counts_from_the_yaml_first_and_then_from_the_working_directory(t
         ),
         ("algorithm.sampling.num_steps", 0, "config.algorithm.sampling.num_steps: .* num_steps >= 1; got 0."),
         ("algorithm.sampling.stepss", 1, "config.algorithm.sampling.stepss: unknown key; allowed are num_steps, "),
+        ("kl", {"weight": 0}, "config.kl.weight: .* so weight > 0; got 0"),
+        ("kl", {"weight": 1, "wait": 1}, "config.kl.wait: unknown key; .*did you mean 'weight'?"),
+        ("kl", {}, "config.kl.weight: "),
         ("model", None, "config.model: this section is missing"),
         ("model.path", None, "config.model.path: allowed is text; got null."),
         ("model.path", "testbed:fashon", "config.model.path: there is no world 'fashon'; .*; did you mean 'fashion'?"),
@@ -296,7 +308,7 @@ def test_the_schema_knows_every_key_of_every_built_in_type():
     schema = json_schema()
     json.dumps(schema)
     definitions = schema["$defs"]
-    assert list(schema["properties"]) == list(to_dict(validate(BASE)))
+    assert list(schema["properties"]) == list(to_dict(validate(BASE | {"kl": {"weight": 1.0}})))
     for kind in TYPES.values():
         for name, path in kind.items():
             cls = load_type(path)

@@ -67,6 +67,21 @@ def test_every_shipped_run_goes_through_with_rsa_ft(path: Path, tmp_path: Path):
     assert_goes_through(path, tmp_path, OVERLAY)
 
 
+def test_a_run_goes_through_with_a_kl_term(tmp_path: Path):
+    assert_goes_through(CONFIGS / "sd3" / "refl.yaml", tmp_path, CONFIGS / "overlays" / "kl.yaml")
+
+
+def test_a_whole_network_is_trained_with_a_kl_term_to_its_own_copy(tmp_path: Path):
+    config = tiny_run(CONFIGS / "sd15" / "refl.yaml", CONFIGS / "overlays" / "kl.yaml", settings=["model.lora=null"])
+    trainer = build_trainer(replace(config, train=replace(config.train, steps=1)), tmp_path)
+    copy = [p.detach().clone() for p in trainer.backbone.parameters()]
+    trainer.fit()
+    with trainer.backbone.base():
+        kept = [p.detach().clone() for p in trainer.backbone.network.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(copy, kept, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(copy, trainer.backbone.parameters(), strict=True))
+
+
 def test_the_runs_with_rsa_ft_cover_every_family_and_every_trainer():
     covered = [path for path in RUNS if name_of(path) in WITH_RSA_FT]
     assert len(covered) == len(WITH_RSA_FT)

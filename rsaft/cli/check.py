@@ -15,7 +15,7 @@ import torch
 from rsaft.backbones.compiled import check_compiled
 from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.config import Custom, RunConfig
-from rsaft.config.assemble import Components, components, load_model
+from rsaft.config.assemble import Components, components, load_model, with_kl
 from rsaft.config.tiny import few_steps
 from rsaft.errors import ConfigError
 from rsaft.rdrl.batches import micro_batch_ids
@@ -41,7 +41,7 @@ def check_run(config: RunConfig, say: Callable[[str], None], *, memory: int | No
     micro_batch_ids(config.train, world=world, rank=0)  # refuses what does not split evenly
     parts = components(config)
     say(f"files    {len(parts.prompts)} prompts, {len(parts.rewards)} rewards, {len(parts.held_out)} held out")
-    backbone = load_model(config.model, seed=config.train.seed)
+    backbone = load_model(config.model, seed=config.train.seed, keep_base=config.kl is not None)
     say(f"model    {model_line(backbone)}")
     loaded = sum(weights(backbone).values())
     if config.model.drop_text_encoders:  # as the run does it, but with no more prompts than are looked at here
@@ -148,7 +148,11 @@ def _one_step(
     try:
         report = try_step(
             backbone,
-            algorithm=parts.algorithm if isinstance(config.algorithm, Custom) else few_steps(config.algorithm),
+            algorithm=(
+                parts.algorithm
+                if isinstance(config.algorithm, Custom)
+                else with_kl(few_steps(config.algorithm), config.kl)
+            ),
             rewards=parts.rewards,
             held_out=parts.held_out,
             objective=parts.objective,
@@ -193,7 +197,7 @@ def _switches(backbone: DiffusersBackbone, config: RunConfig, plan: Planned) -> 
     if not isinstance(config.algorithm, Custom) and vars(config.algorithm).get("gradient_checkpointing") is False:
         with suppress(ConfigError):  # DRTune recomputes by itself, and refuses to do it twice
             once_more = replace(config.algorithm, gradient_checkpointing=True)
-            yield "algorithm.gradient_checkpointing=true", replace(plan, algorithm=once_more), None
+            yield "algorithm.gradient_checkpointing=true", replace(plan, algorithm=with_kl(once_more, config.kl)), None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import yaml
 
 from rsaft.config.messages import did_you_mean, shown
 from rsaft.config.rewards import MODELS
-from rsaft.config.sections import PIPELINES, TESTBED, TINY, Custom, Model, Plain, TestbedReward
+from rsaft.config.sections import KL, PIPELINES, TESTBED, TINY, Custom, Model, Plain, TestbedReward
 from rsaft.config.settings import RunConfig, to_dict
 from rsaft.errors import ConfigError
 from rsaft.prompts import read_prompts
@@ -52,7 +52,7 @@ def components(config: RunConfig) -> Components:
 
     step = component(config.step, "config.step")
     return Components(
-        algorithm=component(config.algorithm, "config.algorithm"),
+        algorithm=with_kl(component(config.algorithm, "config.algorithm"), config.kl),
         rewards=load_rewards(config.rewards, "config.rewards"),
         held_out=load_rewards(config.held_out, "config.held_out"),
         objective=component(config.objective, "config.objective"),
@@ -68,7 +68,7 @@ def trainer(config: RunConfig, run: Path) -> Trainer:
     from rsaft.rdrl.loop import Trainer
 
     parts = components(config)
-    backbone = load_model(config.model, seed=config.train.seed)
+    backbone = load_model(config.model, seed=config.train.seed, keep_base=config.kl is not None)
     if config.model.prompt_cache is not None:
         backbone.cache_prompts([*parts.prompts, *(parts.eval_prompts or ())])
     if config.model.drop_text_encoders:
@@ -89,7 +89,18 @@ def trainer(config: RunConfig, run: Path) -> Trainer:
     )
 
 
-def load_model(model: Model, *, seed: int) -> DiffusersBackbone:
+def with_kl(algorithm: Any, kl: KL | None) -> Any:
+    """The algorithm with the term that the config asks for.
+
+    Raises:
+        ConfigError: if its weight is not above 0.
+    """
+    from rsaft.rdrl.kl import WithKL
+
+    return algorithm if kl is None else WithKL(algorithm, kl.weight)
+
+
+def load_model(model: Model, *, seed: int, keep_base: bool = False) -> DiffusersBackbone:
     """The backbone of a config's section `model`; `seed` is of the adapter's initial values.
 
     Raises:
@@ -114,6 +125,7 @@ def load_model(model: Model, *, seed: int) -> DiffusersBackbone:
         vae_tiling=model.vae_tiling,
         vae_checkpointing=model.vae_checkpointing,
         compile=model.compile,
+        keep_base=keep_base,
     )
     if model.path.startswith(TINY):
         backbone.source = model.path  # the folder it was loaded from is gone with this process

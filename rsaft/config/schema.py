@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from rsaft.config.settings import REQUIRED, TYPES, Custom, Model, Prompts, adapter, load_type
+from rsaft.config.settings import KL, REQUIRED, TYPES, Custom, Model, Prompts, adapter, load_type
 
 _FIELD = re.compile(r"((?:^    # [^\n]*\n)*)^    (\w+): [^#\n]*?(?:  # ([^\n]+))?$", flags=re.MULTILINE)
 
@@ -18,7 +18,7 @@ def run_schema() -> dict[str, Any]:
     lora, train = load_type("rsaft.backbones.lora:LoRA"), load_type("rsaft.rdrl.train_config:TrainConfig")
     kinds = {kind: {name: load_type(path) for name, path in types.items()} for kind, types in TYPES.items()}
     classes = list(
-        dict.fromkeys([Model, Prompts, lora, train, Custom, *[c for k in kinds.values() for c in k.values()]])
+        dict.fromkeys([Model, Prompts, KL, lora, train, Custom, *[c for k in kinds.values() for c in k.values()]])
     )
     refs, shared = TypeAdapter.json_schemas([(cls, "validation", adapter(cls)) for cls in classes])
     ref = {cls: refs[(cls, "validation")]["additionalProperties"] for cls in classes}
@@ -41,6 +41,7 @@ def run_schema() -> dict[str, Any]:
         "held_out": rewards,
         "step": choice["step"],
         "train": ref[train],
+        "kl": {"anyOf": [ref[KL], {"type": "null"}]},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

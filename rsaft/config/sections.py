@@ -84,6 +84,17 @@ class Plain:
 
 
 @dataclass(frozen=True)
+class KL:
+    """A KL term to the base model (rsaft/rdrl/kl.py)."""
+
+    weight: float  # of the mean squared difference of the two models' predictions, above 0
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ConfigError(f"kl.weight multiplies a loss, so weight > 0; got {self.weight}; or leave kl out.")
+
+
+@dataclass(frozen=True)
 class Custom:
     """Code of the user's own: a class is called with `args`, a function only if `args` is given."""
 

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rsaft.config.files import read_settings
 from rsaft.config.messages import did_you_mean, explain, field_names, shown, unknown_key
-from rsaft.config.sections import TESTBED, WORLDS, Custom, Model, Prompts
+from rsaft.config.sections import KL, TESTBED, WORLDS, Custom, Model, Prompts
 from rsaft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class RunConfig:
     held_out: Mapping[str, Any]  # name -> what is only measured
     step: Any
     train: Any  # a TrainConfig
+    kl: KL | None = None  # null: no term
 
 
 def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
@@ -116,6 +117,7 @@ def validate(settings: Mapping[str, Any]) -> RunConfig:
         held_out=reward_settings(held_out, "config.held_out"),
         step=_component("step", step, "config.step"),
         train=_checked(load_type("rsaft.rdrl.train_config:TrainConfig"), train, "config.train"),
+        kl=None if settings.get("kl") is None else _checked(KL, settings["kl"], "config.kl"),
     )
     _check_together(config)
     return config
@@ -126,6 +128,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for section in fields(config):
         value = getattr(config, section.name)
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             result[section.name] = {name: _section(entry) for name, entry in value.items()}
         else:

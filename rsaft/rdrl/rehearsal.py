@@ -64,6 +64,11 @@ class Rehearsal:
     def schedule(self, num_steps: int) -> Schedule:
         return self._backbone.schedule(num_steps)
 
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """The base model costs what the trained one does without gradient."""
+        yield
+
     @property
     def on_gpu(self) -> bool:
         """Whether the backbone is on a GPU."""
