@@ -26,7 +26,7 @@ from rsaft import testbed
 from rsaft.errors import RunDirectoryError
 from rsaft.files import write_atomic
 from rsaft.flatten import RSAFT
-from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, WeightedSum, plain_step
+from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, WeightedSum, WithKL, plain_step
 from rsaft.rdrl.loop import Trainer
 from rsaft.rdrl.run_directory import locked
 from rsaft.rdrl.train_config import TrainConfig
@@ -87,11 +87,11 @@ def method(name: str) -> tuple[Step, float]:
     Names: plain, half-lr, weight-RHO, input-RHO, both-RHO-RHO_W, random-RHO_W, cached-RHO_W, lastM-RHO_W,
     shareN-RHO_W (one of N samples), everyN-RHO_W, shareNeveryM-RHO_W; input flattening as linf-RHO, rms-RHO, pgdN-RHO
     (N steps), gaussian-RHO, latent-RHO (in latents); perturbed-RHO-RHO_W (both, delta at theta + eps); looksamN-RHO_W,
-    fsam-RHO_W, coarseN-RHO_W (benchmarks/controls.py).
+    fsam-RHO_W, coarseN-RHO_W (benchmarks/controls.py); kl-WEIGHT (a KL term to the base model).
     """
     kind, *numbers = re.split(r"(?<!\de)-", name)  # 1e-3 is one number
     radii = [float(n) for n in numbers if n != "lr"]
-    if name == "plain":
+    if name == "plain" or kl_weight(name) is not None:
         return plain_step, 1.0
     if name == "half-lr":
         return plain_step, 0.5
@@ -126,6 +126,11 @@ def method(name: str) -> tuple[Step, float]:
     raise SystemExit(f"there is no method '{name}'; {method.__doc__}")
 
 
+def kl_weight(name: str) -> float | None:
+    """The weight of a method's KL term; None if it has none."""
+    return float(name.removeprefix("kl-")) if name.startswith("kl-") else None
+
+
 def _input_variant(kind: str, radii: list[float]) -> RSAFT | None:
     """Input flattening with one option changed; None if the name stands for something else."""
     if kind == "linf":
@@ -151,10 +156,12 @@ def run_cell(
     trained_by, method_name = trainer_and_method(name)
     step, lr_factor = method(method_name)
     s = replace(SETTINGS[world], lr=(lr or SETTINGS[world].lr) * lr_factor)
-    bed = testbed.load(world, base=base, rewards=rewards)
+    kl = kl_weight(method_name)
+    bed = testbed.load(world, base=base, rewards=rewards, keep_base=kl is not None)
     run = out / world / "runs" / f"{name}.seed{seed}"
     begun, cpu = time.monotonic(), time.process_time()
     algorithm = replace(TRAINERS[trained_by], sampling=replace(SAMPLER, num_steps=s.num_steps))
+    algorithm = algorithm if kl is None else WithKL(algorithm, kl)
     fitted = trainer(bed, algorithm, step, s, seed, run).fit(resume=True)
     if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
         raise SystemExit(128 + fitted.signal)
