@@ -161,15 +161,16 @@ def _finish(plan: Plan) -> str:
             "environment": environment(),
         },
     )
-    text = [markdown(found), _speeds(speeds)]
+    word = "read" if plan.settings["sampling"] is None else "sampled"
+    text = [markdown(found), _speeds(speeds, tuple(plan.rewards), word)]
     if unreadable:
         text.append(f"{len(unreadable)} images could not be read as images of 8 bits, the first: {unreadable[0]}")
     return "\n\n".join(text)
 
 
-def _speeds(speeds: Mapping[str, float]) -> str:
-    said = [f"{name.removeprefix('reward/')} {value:.3g}" for name, value in speeds.items()]
-    return f"Images a second: {', '.join(said)}."
+def _speeds(speeds: Mapping[str, float], names: Sequence[str], word: str) -> str:
+    scored = [f"{name} {speeds[f'reward/{name}']:.3g}" for name in names if f"reward/{name}" in speeds]
+    return f"Images a second: {word} {speeds.get('images', float('nan')):.3g}; scored by {', '.join(scored)}."
 
 
 def _save(picture: Picture, path: Path) -> None:

@@ -15,7 +15,7 @@ from rsaft.errors import ConfigError
 from rsaft.sampling import Sampling, initial_noise, ode
 from rsaft.types import Backbone, Images, Reward
 
-Picture = Float[Tensor, "3 h w"]
+Picture = Float[Tensor, "3 _ _"]  # of any size; several need not be of one
 
 
 @dataclass(frozen=True)
