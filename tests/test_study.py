@@ -19,6 +19,7 @@ from rsaft.sampling import Sampling
     [
         ("plain", plain_step, 1.0),
         ("half-lr", plain_step, 0.5),
+        ("kl-1e-2", plain_step, 1.0),
         ("weight-1e-3", RSAFT(0.0, 0.001, mode="weight"), 1.0),
         ("input-10", RSAFT(10.0, 0.0, mode="input"), 1.0),
         ("both-1-0.01", RSAFT(1.0, 0.01, mode="both"), 1.0),
@@ -46,6 +47,17 @@ def test_a_name_stands_for_its_step_and_learning_rate(name: str, step: object, f
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(SystemExit, match=r"(?s)no method 'wight-1'; .*half-lr"):
         method("wight-1")
+
+
+def test_a_kl_method_trains_with_its_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = replace(SETTINGS["fashion"], steps=2, batch_size=1, num_steps=1, eval_every=2, eval_samples=2)
+    monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
+    cells = []
+    for name in ("plain", "kl-1e6"):
+        run_cell("fashion", name, 0, tmp_path, None, None, None)
+        cells.append(json.loads((tmp_path / "fashion" / f"{name}.seed0.json").read_text())["evaluations"])
+    assert cells[0][0]["reward/train"] == cells[1][0]["reward/train"]
+    assert cells[0][1]["reward/train"] != cells[1][1]["reward/train"]
 
 
 @pytest.mark.parametrize(
