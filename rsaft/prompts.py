@@ -24,6 +24,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
 PROMPT_COLUMNS = ("prompt", "prompts")
 CATEGORY_COLUMN = "category"
 NOT_UTF8 = "it holds bytes that are not UTF-8"
+MARKS = 8  # more tokens than any text encoder adds to the prompt's own
 SHOWN_LINES = 5  # of each kind of finding, by number
 
 
@@ -73,6 +74,10 @@ class TextReader:
     name: str  # CLIP, T5
     limit: int  # tokens, those that mark the ends included
     count: Callable[[str], int]  # tokens of a prompt, uncut
+
+    def cuts(self, prompt: str) -> bool:
+        """Whether the prompt is too long. A short one is not counted: a token holds a byte at least."""
+        return len(prompt.encode()) + MARKS > self.limit and self.count(prompt) > self.limit
 
 
 def read_prompts(path: Path) -> PromptFile:
@@ -145,7 +150,7 @@ def prompt_of(values: dict[str, Any], columns: Sequence[str] = PROMPT_COLUMNS) -
 
 def over_long(prompts: Sequence[str], lines: Sequence[int], reader: TextReader) -> Finding | None:
     """The prompts of which a text encoder reads the beginning only; None if there are none."""
-    found = [line for prompt, line in zip(prompts, lines, strict=True) if reader.count(prompt) > reader.limit]
+    found = [line for prompt, line in zip(prompts, lines, strict=True) if reader.cuts(prompt)]
     return _finding(found) if found else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rsaft.backbones.family import Family
@@ -33,6 +33,18 @@ def text_readers(pipe: Any, family: Family, max_sequence_length: int | None = No
         name = "T5" if is_t5 else "CLIP"
         readers.setdefault((name, limit), TextReader(name, limit, _counter(tokenizer)))
     return list(readers.values())
+
+
+def cut_note(readers: Sequence[TextReader], prompts: Sequence[str]) -> str | None:
+    """One sentence on the prompts that no text encoder, or not every one, reads to their end; None if all are read."""
+    parts = []
+    for reader in readers:
+        cut = [prompt for prompt in prompts if reader.cuts(prompt)]
+        if cut:
+            parts.append(
+                f"{len(cut)} are longer than the {reader.limit} tokens that {reader.name} reads ({cut[0]!r:.60})"
+            )
+    return f"prompts: of {len(prompts)}, {'; '.join(parts)}; they are cut there." if parts else None
 
 
 def _counter(tokenizer: Any) -> Callable[[str], int]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rsaft.rdrl.loop import Trainer
     from rsaft.testbed import Testbed
     from rsaft.testbed.tiny import TinyFamily
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,15 @@ def components(config: RunConfig) -> Components:
 
 def trainer(config: RunConfig, run: Path) -> Trainer:
     """The Trainer of a run directory; see `rsaft.config.build_trainer`."""
+    from rsaft.backbones.text_limits import cut_note, text_readers
     from rsaft.rdrl.loop import Trainer
 
     parts = components(config)
     backbone = load_model(config.model, seed=config.train.seed, keep_base=config.kl is not None)
+    readers = text_readers(backbone.pipe, backbone.family, config.model.max_sequence_length)
+    note = cut_note(readers, [*parts.prompts, *(parts.eval_prompts or ())])
+    if note and not config.model.path.startswith(TINY):  # a tiny model cuts almost any prompt
+        _log.warning(note)
     if config.model.prompt_cache is not None:
         backbone.cache_prompts([*parts.prompts, *(parts.eval_prompts or ())])
     if config.model.drop_text_encoders:
