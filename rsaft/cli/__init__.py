@@ -103,7 +103,7 @@ def resume(run: Annotated[Path, typer.Argument(help="The run directory.")]) -> N
 @app.command()
 def sample(
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a model as in model.path.")],
-    prompts: Annotated[str, typer.Option(help="A .txt, .jsonl or .csv file, or testbed:fashion.")],
+    prompts: Annotated[str, typer.Option(help="A .txt, .jsonl, .csv or .tsv file, or testbed:fashion.")],
     out: Annotated[Path, typer.Option(help="Where to put the images; an empty or new folder.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,

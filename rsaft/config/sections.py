@@ -60,7 +60,7 @@ class Model:
 class Prompts:
     """What is drawn."""
 
-    train: str  # testbed:fashion, testbed:shapes, or a .txt, .jsonl or .csv file
+    train: str  # testbed:fashion, testbed:shapes, or a .txt, .jsonl, .csv or .tsv file
     eval: str | None = None  # the same kinds; null takes the first training prompts
 
     def __post_init__(self) -> None:

@@ -246,7 +246,7 @@ def _check_prompt_file(value: str, path: str) -> None:
     if "\0" in value or len(value) > 1024 or not Path(value).is_file():
         raise ConfigError(
             f"{path}: there is no file {shown(value)} beside the config file or in the working directory; allowed are "
-            f"a .txt, .jsonl or .csv file, {' and '.join(f'{TESTBED}{world}' for world in WORLDS)}."
+            f"a .txt, .jsonl, .csv or .tsv file, {' and '.join(f'{TESTBED}{world}' for world in WORLDS)}."
         )
 
 

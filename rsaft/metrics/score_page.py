@@ -8,6 +8,7 @@ from typing import Any
 from rsaft.metrics.paired import MIN_PAIRS
 from rsaft.metrics.score_table import Interval, Joint, OfReward, Summary
 
+PAIRED, ALONE = ("pairs", "not finite: tuned + base"), ("images", "not finite")  # last columns of the first table
 MAX_CATEGORIES = 20  # rows of the table that is printed; the JSON file holds all
 
 
@@ -67,14 +68,14 @@ def _rewards(rewards: Mapping[str, OfReward], paired: bool) -> str:
             cells = [_number(one.tuned.mean), _between(one.interval, prompts)]
         rows.append([name, *cells, str(prompts), str(one.pairs), lost])
     columns = ["tuned", "base", "difference [95 %]", "win rate [95 %]", "ties"] if paired else ["mean", "[95 %]"]
-    return table(["reward", *columns, "prompts", "pairs" if paired else "images", "not finite"], rows)
+    return table(["reward", *columns, "prompts", *(PAIRED if paired else ALONE)], rows)
 
 
 def _joint(joint: Joint, rewards: int, prompts: int) -> str:
     return (
         f"All {rewards} rewards at once, {joint.pairs} pairs: JDR {_share(joint.jdr, prompts)}, "
-        f"JCR {_share(joint.jcr, prompts)}, ties {_number(joint.ties)}. By chance, {joint.chance:.3g} each, were the "
-        "rewards independent; read one beside the other."
+        f"JCR {_share(joint.jcr, prompts)}, ties {_number(joint.ties)}. Of two equal models and independent "
+        f"rewards, each would be {joint.chance:.3g}: read one beside the other."
     )
 
 
