@@ -322,6 +322,20 @@ def test_an_adapter_in_a_run_finds_its_base_and_sampling_there(home: Path, evalu
     assert {row["step"] for row in rows(tmp_path / "o") if row["run"] == "run-adapter"} == {2}
 
 
+def test_a_run_may_be_paired_with_another_checkpoint_or_model(home: Path, evaluate, tmp_path: Path):
+    common = ["run", "--rewards", "eval_rewards:red", "--base"]
+    assert evaluate(*common, "run/checkpoints/step-000001", "--out", tmp_path / "a")[0] == 0
+    assert {(row["run"], row["step"]) for row in rows(tmp_path / "a")} == {("run", 2), ("base", 1)}
+    assert (
+        evaluate("run", "--rewards", "eval_rewards:red", "--step", 1, "--base", "none", "--out", tmp_path / "b")[0] == 0
+    )
+    assert scores(tmp_path / "a", "base", "red") == scores(tmp_path / "b", "run", "red")
+    shutil.copytree(home / "sd", tmp_path / "other")
+    assert evaluate(*common, tmp_path / "other", "--out", tmp_path / "c")[0] == 0
+    assert evaluate("run", "--rewards", "eval_rewards:red", "--out", tmp_path / "d")[0] == 0
+    assert scores(tmp_path / "c", "other", "red") == scores(tmp_path / "d", "base", "red")
+
+
 def test_saved_images_of_model_and_base_are_scored_as_two_folders_in_pairs(home: Path, evaluate, tmp_path: Path):
     first = ["run", "--prompts", "prompts.csv", "--rewards", "eval_rewards:red", "--save-images", "-n", 2]
     assert evaluate(*first, "--out", tmp_path / "a")[0] == 0

@@ -135,9 +135,9 @@ def _good_checkpoint(run: Path, step: int | None) -> tuple[Path, int, dict[str, 
 
 def _of_export(folder: Path, kind: Kind, base: str | None, dtype: Precision | None) -> Target:
     run = next((path for path in folder.resolve().parents[:3] if (path / "config.yaml").is_file()), None)
-    config = load_config([run / "config.yaml"]) if run is not None and base is None else None
+    config = None if run is None else load_config([run / "config.yaml"])
     path = base or (peft_base(folder) if kind == "peft" else None)
-    if config is not None:
+    if config is not None and base is None:
         model = replace(config.model, lora=None)
     elif path is not None:
         model = Model(path)
