@@ -54,11 +54,11 @@ def clip_preprocess(
     # The longer side is cut off to a whole number by PIL's callers, not rounded.
     new_height, new_width = (int(size * side / short) for side in (height, width))
     if exact:
-        x = _pil_values(x, exact)
+        x = pil_values(x, exact)
     if new_width != width:
-        x = _pil_values(_bicubic(x, (height, new_width)), exact)
+        x = pil_values(bicubic(x, (height, new_width)), exact)
     if new_height != height:
-        x = _pil_values(_bicubic(x, (new_height, new_width)), exact)
+        x = pil_values(bicubic(x, (new_height, new_width)), exact)
     return normalise(centre_crop(x, size, rounding))
 
 
@@ -81,7 +81,7 @@ def hpsv2_preprocess(images: Images, antialias: bool = True, size: int = 224) ->
     scale = size / max(height, width)
     if scale != 1.0:
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        x = _bicubic(x, (height, width), antialias=antialias)
+        x = bicubic(x, (height, width), antialias=antialias)
     top, left = (size - height) // 2, (size - width) // 2
     x = F.pad(x, (left, size - width - left, top, size - height - top))
     return normalise(x)
@@ -107,11 +107,11 @@ def _wide(images: Tensor) -> Tensor:
     return images if images.dtype == torch.float64 else images.float()
 
 
-def _bicubic(x: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
+def bicubic(x: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=antialias)
 
 
-def _pil_values(x: Tensor, exact: bool) -> Tensor:
+def pil_values(x: Tensor, exact: bool) -> Tensor:
     """Values that an image of PIL can hold, with the gradient of `x` itself (straight-through)."""
     held = x.detach().clamp(0, 1)
     if exact:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rsaft.errors import ConfigError
 from rsaft.rewards.frozen import wide
-from rsaft.rewards.preprocess import _bicubic, _pil_values, normalise
+from rsaft.rewards.preprocess import bicubic, pil_values, normalise
 from rsaft.types import Images
 
 PATCH, MERGE, FRAMES = 14, 2, 2  # pixels a patch, patches a side that are merged into one token, frames a patch
@@ -60,11 +60,11 @@ def qwen_patches(images: Images, min_pixels: int, max_pixels: int, exact: bool =
     """
     x = wide(images)
     height, width = qwen_size(x.shape[-2], x.shape[-1], min_pixels, max_pixels)
-    x = _pil_values(x, exact)
+    x = pil_values(x, exact)
     if width != x.shape[-1]:
-        x = _pil_values(_bicubic(x, (x.shape[-2], width)), exact)
+        x = pil_values(bicubic(x, (x.shape[-2], width)), exact)
     if height != x.shape[-2]:
-        x = _pil_values(_bicubic(x, (height, width)), exact)
+        x = pil_values(bicubic(x, (height, width)), exact)
     return patchify(normalise(x))
 
 

@@ -66,20 +66,9 @@ class Clipped:
         return self.reward(images, prompts).clamp(self.low, self.high)
 
 
-@dataclass(frozen=True)
-class MinMax:
+def min_max(reward: Reward, low: float, high: float) -> Standardized:
     """(r - low) / (high - low), with the least and greatest score of a reference set: a baseline."""
-
-    reward: Reward
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ConfigError(f"low, high: bounds need low < high; got {self.low} and {self.high}.")
-
-    def __call__(self, images: Images, prompts: Sequence[str]) -> Float[Tensor, " b"]:
-        return (self.reward(images, prompts) - self.low) / (self.high - self.low)
+    return Standardized(reward, low, high - low)
 
 
 @dataclass(frozen=True)

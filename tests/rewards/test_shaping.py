@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rsaft.errors import ConfigError
-from rsaft.rewards.shaping import PAR, Clipped, MinMax, Standardized, standardized
+from rsaft.rewards.shaping import PAR, Clipped, Standardized, min_max, standardized
 from rsaft.types import Reward
 
 PROMPTS = ["a", "b", "a"]
@@ -21,13 +21,13 @@ def images(*levels: float) -> torch.Tensor:
 
 
 REFERENCES = {"a": [0.2, 0.6], "b": [0.5]}
-SHAPED = [Standardized(red, 0.3, 0.1), MinMax(red, 0.2, 0.6), PAR(red, REFERENCES, k=4.0), Clipped(red, -5.0, 5.0)]
+SHAPED = [Standardized(red, 0.3, 0.1), min_max(red, 0.2, 0.6), PAR(red, REFERENCES, k=4.0), Clipped(red, -5.0, 5.0)]
 
 
 def test_values_by_hand():
     x = images(0.2, 0.5, 0.8)
     torch.testing.assert_close(Standardized(red, 0.3, 0.1)(x, PROMPTS), torch.tensor([-1.0, 2.0, 5.0]).double())
-    torch.testing.assert_close(MinMax(red, 0.2, 0.6)(x, PROMPTS), torch.tensor([0.0, 0.75, 1.5]).double())
+    torch.testing.assert_close(min_max(red, 0.2, 0.6)(x, PROMPTS), torch.tensor([0.0, 0.75, 1.5]).double())
     torch.testing.assert_close(Clipped(red, 0.3, 0.6)(x, PROMPTS), torch.tensor([0.3, 0.5, 0.6]).double())
     first, second, _ = PAR(red, REFERENCES, k=4.0)(x, PROMPTS).tolist()
     assert first == pytest.approx((0.5 + 1 / (1 + math.exp(1.6))) / 2)
@@ -71,7 +71,7 @@ def test_equal_reference_scores_are_refused(count):
     [
         (lambda: Standardized(red, 0.0, 0.0), "std > 0; got 0.0"),
         (lambda: Clipped(red, 1.0, 1.0), "low < high; got 1.0 and 1.0"),
-        (lambda: MinMax(red, 1.0, 0.0), "low < high; got 1.0 and 0.0"),
+        (lambda: min_max(red, 1.0, 0.0), "std > 0; got -1.0"),
         (lambda: PAR(red, {"a": []}), "no score for the prompt 'a'"),
         (lambda: PAR(red, REFERENCES, k=0.0), "k > 0; got 0.0"),
         (lambda: PAR(red, REFERENCES)(images(0.5), ["c"]), "no reference scores for the prompt 'c'"),
