@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 RADII = (0.01, 0.1, 1.0)
 MEAN, STD = 127.0, 128.0  # of 0..255, as the Lite models were trained
 SIZE = 224
+BATCH = 10
 
 
 class ClassLikeness:
@@ -43,7 +44,7 @@ class ClassLikeness:
     def __init__(self, network: torch.nn.Module, photographs: Tensor, classes: Tensor) -> None:
         self.network = network.eval().requires_grad_(False)
         with torch.no_grad():
-            features = torch.cat([self.features(part) for part in photographs.split(50)])
+            features = torch.cat([self.features(part) for part in photographs.split(BATCH)])
         self.centre = features.mean(dim=0)
         self.means = torch.stack([features[classes == c].mean(dim=0) for c in range(len(fashion.CLASSES))])
 
@@ -65,16 +66,22 @@ def photographs(per_class: int) -> tuple[Tensor, Tensor]:
 
 def row(name: str, reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
     """Score, gradient norm and S1, as means over the images."""
-    x = images.clone().requires_grad_()
-    scores = reward(x, prompts)
-    (g,) = torch.autograd.grad(scores.sum(), x)
-    norms = g.flatten(1).norm(dim=1)
+    scores, norms, s1 = [], [], []
+    for first in range(0, len(images), BATCH):
+        part, texts = images[first : first + BATCH], prompts[first : first + BATCH]
+        x = part.clone().requires_grad_()
+        r = reward(x, texts)
+        (g,) = torch.autograd.grad(r.sum(), x)
+        scores.append(r.detach())
+        norms.append(g.flatten(1).norm(dim=1))
+        s1.append(torch.stack([sharpness(reward, part, texts, rho) for rho in RADII]))
+    r, norm, sharp = torch.cat(scores), torch.cat(norms), torch.cat(s1, dim=1).mean(dim=1).tolist()
     return {
         "reward": name,
         "images": len(images),
-        "score": [float(scores.mean()), float(scores.std())],
-        "gradient": [float(norms.min()), float(norms.mean()), float(norms.max())],
-        "s1": {f"{rho:g}": float(sharpness(reward, images, prompts, rho).mean()) for rho in RADII},
+        "score": [float(r.mean()), float(r.std())],
+        "gradient": [float(norm.min()), float(norm.mean()), float(norm.max())],
+        "s1": {f"{rho:g}": value for rho, value in zip(RADII, sharp, strict=True)},
     }
 
 
@@ -93,7 +100,9 @@ def imagenet(count: int) -> list[dict[str, Any]]:
     rows = [row("ImageNet features, right caption", reward, images, right)]
     rows.append(row("ImageNet features, caption of another class", reward, images, wrong))
     with torch.no_grad():
-        rows[0]["right above wrong"] = float((reward(images, right) > reward(images, wrong)).float().mean())
+        parts = [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
+        above = torch.cat([reward(images[p], right[p]) > reward(images[p], wrong[p]) for p in parts])
+    rows[0]["right above wrong"] = float(above.float().mean())
     return rows
 
 

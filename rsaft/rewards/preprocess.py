@@ -108,6 +108,7 @@ def _wide(images: Tensor) -> Tensor:
 
 
 def bicubic(x: Tensor, size: tuple[int, int], antialias: bool = True) -> Tensor:
+    """Resized to (height, width) as PIL's bicubic filter does, without its rounding; values may leave [0, 1]."""
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False, antialias=antialias)
 
 

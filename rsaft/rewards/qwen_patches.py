@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rsaft.errors import ConfigError
 from rsaft.rewards.frozen import wide
-from rsaft.rewards.preprocess import bicubic, pil_values, normalise
+from rsaft.rewards.preprocess import bicubic, normalise, pil_values
 from rsaft.types import Images
 
 PATCH, MERGE, FRAMES = 14, 2, 2  # pixels a patch, patches a side that are merged into one token, frames a patch
