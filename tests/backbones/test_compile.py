@@ -56,6 +56,7 @@ def _compiled_by(backbone, change):
     backbone.network.compile(backend=lambda graph, inputs: lambda *given: change(graph(*given)))
 
 
+@pytest.mark.slow
 def test_a_network_that_is_compiled_rightly_passes_its_check(tiny_of):
     backbone = load_backbone(tiny_of("sd"), lora=LoRA(rank=2))
     _compiled_by(backbone, lambda outputs: outputs)
@@ -65,11 +66,10 @@ def test_a_network_that_is_compiled_rightly_passes_its_check(tiny_of):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda outputs: tuple(1.01 * x for x in outputs),
+        pytest.param(lambda outputs: tuple(1.01 * x for x in outputs), id="output", marks=pytest.mark.slow),
         # The same values with half the gradient, as a fault in generated backward code has it.
-        lambda outputs: tuple(x.detach() + 0.5 * (x - x.detach()) for x in outputs),
+        pytest.param(lambda outputs: tuple(x.detach() + 0.5 * (x - x.detach()) for x in outputs), id="gradient-alone"),
     ],
-    ids=["output", "gradient-alone"],
 )
 def test_a_network_that_is_compiled_wrongly_is_refused(tiny_of, change):
     backbone = load_backbone(tiny_of("sd"), lora=LoRA(rank=2))
