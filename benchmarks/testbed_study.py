@@ -5,13 +5,15 @@
 
 Several processes may share one --out: a cell is claimed by its lock file. Every cell trains the whole UNet with the
 settings of `SETTINGS`, and is evaluated on the same prompts and noises. It trains with DRaFT-1 unless the method names
-another trainer of `TRAINERS`: `--methods refl:plain refl:weight-0.01 drtune:plain`.
+another trainer of `TRAINERS`: `--methods refl:plain refl:weight-0.01 drtune:plain`. Beside each cell stay all evaluated
+images and, with --keep-weights, the weights at every evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import time
@@ -21,12 +23,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.baselines import annealed_evaluations, gated_rewards, over_rated
 from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation
 from rsaft import testbed
 from rsaft.errors import RunDirectoryError
 from rsaft.files import write_atomic
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, WeightedSum, WithKL, plain_step
+from rsaft.rdrl.checkpoint_folder import list_checkpoints
+from rsaft.rdrl.kl import OverRated
 from rsaft.rdrl.loop import Trainer
 from rsaft.rdrl.run_directory import locked
 from rsaft.rdrl.train_config import TrainConfig
@@ -87,11 +92,12 @@ def method(name: str) -> tuple[Step, float]:
     Names: plain, half-lr, weight-RHO, input-RHO, both-RHO-RHO_W, random-RHO_W, cached-RHO_W, lastM-RHO_W,
     shareN-RHO_W (one of N samples), everyN-RHO_W, shareNeveryM-RHO_W; input flattening as linf-RHO, rms-RHO, pgdN-RHO
     (N steps), gaussian-RHO, latent-RHO (in latents); perturbed-RHO-RHO_W (both, delta at theta + eps); looksamN-RHO_W,
-    fsam-RHO_W, coarseN-RHO_W (benchmarks/controls.py); kl-WEIGHT (a KL term to the base model).
+    fsam-RHO_W, coarseN-RHO_W (benchmarks/controls.py); kl-WEIGHT, gated-WEIGHT (a KL term to the base model, on all
+    samples or on over-rated ones); annealed-POWER (plain's weights of that seed, sampled between the base and them).
     """
     kind, *numbers = re.split(r"(?<!\de)-", name)  # 1e-3 is one number
     radii = [float(n) for n in numbers if n != "lr"]
-    if name == "plain" or kl_weight(name) is not None:
+    if name == "plain" or kind in ("kl", "gated", "annealed"):
         return plain_step, 1.0
     if name == "half-lr":
         return plain_step, 0.5
@@ -126,9 +132,9 @@ def method(name: str) -> tuple[Step, float]:
     raise SystemExit(f"there is no method '{name}'; {method.__doc__}")
 
 
-def kl_weight(name: str) -> float | None:
-    """The weight of a method's KL term; None if it has none."""
-    return float(name.removeprefix("kl-")) if name.startswith("kl-") else None
+def number_of(name: str, kind: str) -> float | None:
+    """0.1 of `kl-0.1` if the kind is kl; None for a method of another kind."""
+    return float(name.removeprefix(f"{kind}-")) if name.startswith(f"{kind}-") else None
 
 
 def _input_variant(kind: str, radii: list[float]) -> RSAFT | None:
@@ -147,7 +153,15 @@ def _input_variant(kind: str, radii: list[float]) -> RSAFT | None:
 
 
 def run_cell(
-    world: str, name: str, seed: int, out: Path, base: Path | None, rewards: Path | None, lr: float | None
+    world: str,
+    name: str,
+    seed: int,
+    out: Path,
+    *,
+    base: Path | None = None,
+    rewards: Path | None = None,
+    lr: float | None = None,
+    keep_weights: bool = False,
 ) -> None:
     """Train one cell and write its JSON."""
     result = out / world / f"{name}.seed{seed}.json"
@@ -156,55 +170,84 @@ def run_cell(
     trained_by, method_name = trainer_and_method(name)
     step, lr_factor = method(method_name)
     s = replace(SETTINGS[world], lr=(lr or SETTINGS[world].lr) * lr_factor)
-    kl = kl_weight(method_name)
-    bed = testbed.load(world, base=base, rewards=rewards, keep_base=kl is not None)
+    kl, gated, power = (number_of(method_name, kind) for kind in ("kl", "gated", "annealed"))
+    to_base = any(number is not None for number in (kl, gated, power))
+    bed = testbed.load(world, base=base, rewards=rewards, keep_base=to_base)
     run = out / world / "runs" / f"{name}.seed{seed}"
+    cell: dict[str, Any] = {"world": world, "method": name, "seed": seed, "lr": s.lr}
     begun, cpu = time.monotonic(), time.process_time()
     algorithm = replace(TRAINERS[trained_by], sampling=replace(SAMPLER, num_steps=s.num_steps))
-    algorithm = algorithm if kl is None else WithKL(algorithm, kl)
-    fitted = trainer(bed, algorithm, step, s, seed, run).fit(resume=True)
-    if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
-        raise SystemExit(128 + fitted.signal)
-    timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
-    cell: dict[str, Any] = {
-        "world": world,
-        "method": name,
-        "seed": seed,
-        "lr": s.lr,
-        "evaluations": list(fitted.evaluations),
-        "gold_standard_error": gold_errors(run),
-        "update_seconds_median": sorted(timing)[len(timing) // 2],
-        "wall_seconds": time.monotonic() - begun,
-        "cpu_seconds": time.process_time() - cpu,
-    }
+    if power is not None:
+        plain = out / world / "runs" / f"{name.replace(method_name, 'plain')}.seed{seed}" / "weights"
+        cell |= annealed_scores(bed, power, plain, s, seed)
+    else:
+        weight = kl if gated is None else gated
+        gate = None if gated is None else over_rated(bed, algorithm.sampling)
+        algorithm = algorithm if weight is None else WithKL(algorithm, weight)
+        fitted = trainer(bed, algorithm, step, s, seed, run, gate).fit(resume=True)
+        if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
+            raise SystemExit(128 + fitted.signal)
+        timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
+        cell |= {"evaluations": list(fitted.evaluations), "gold_standard_error": gold_errors(run)}
+        cell["update_seconds_median"] = sorted(timing)[len(timing) // 2]
+    cell |= {"wall_seconds": time.monotonic() - begun, "cpu_seconds": time.process_time() - cpu}
+    if keep_weights and power is None:
+        move_weights(run)
     write_atomic(result, json.dumps(cell, indent=1).encode())
-    shutil.rmtree(run / "checkpoints")  # the curves are what is kept: a UNet a cell would fill the disk
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # with the optimizer, three times the weights
 
 
-def trainer(bed: testbed.Testbed, algorithm: Algorithm, step: Step, s: Settings, seed: int, run: Path) -> Trainer:
+def move_weights(run: Path) -> None:
+    """Move the weights out of the run's checkpoints: `weights/step-XXXXXX.safetensors`, keys as in `Optimization`."""
+    (run / "weights").mkdir(exist_ok=True)
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        (checkpoint / "weights.safetensors").rename(run / "weights" / f"{checkpoint.name}.safetensors")
+
+
+def annealed_scores(bed: testbed.Testbed, power: float, weights: Path, s: Settings, seed: int) -> dict[str, Any]:
+    """The evaluations of `annealed-POWER`, and gold's standard errors, as a trained cell has them."""
+    sampling = replace(SAMPLER, num_steps=s.num_steps)
+    found = annealed_evaluations(bed, power, weights, train_config(s, seed), sampling)
+    gold = {str(step): e.scores["held_out/gold"] for step, e in found}
+    return {
+        "evaluations": [{"step": step} | e.means() for step, e in found],
+        "gold_standard_error": {step: float(g.std() / math.sqrt(len(g))) for step, g in gold.items()},
+    }
+
+
+def train_config(s: Settings, seed: int) -> TrainConfig:
+    """The loop's settings of one cell. Every evaluated image is kept, and the weights at each evaluation."""
+    return TrainConfig(
+        steps=s.steps,
+        seed=seed,
+        batch_size=s.batch_size,
+        lr=s.lr,
+        eval_every=s.eval_every,
+        eval_samples=s.eval_samples,
+        sharpness_rho=s.sharpness_rho,
+        grid=s.eval_samples,
+        save_every=s.eval_every,
+        keep=1 + s.steps // s.eval_every,
+    )
+
+
+def trainer(
+    bed: testbed.Testbed, algorithm: Algorithm, step: Step, s: Settings, seed: int, run: Path, gate: OverRated | None
+) -> Trainer:
     """The trainer of one cell."""
     return Trainer(
         bed.backbone,
         algorithm=algorithm,
-        rewards={"train": bed.reward},
+        rewards={"train": bed.reward} if gate is None else gated_rewards(bed),
         objective=WeightedSum({"train": 1.0}),
         step=step,
         prompts=list(bed.prompts_train),
         eval_prompts=list(bed.prompts_eval),
         held_out={**bed.held_out, "gold": bed.gold},
         measures={"gold": bed.gold.parts},
-        config=TrainConfig(
-            steps=s.steps,
-            seed=seed,
-            batch_size=s.batch_size,
-            lr=s.lr,
-            eval_every=s.eval_every,
-            eval_samples=s.eval_samples,
-            sharpness_rho=s.sharpness_rho,
-            save_every=10_000,
-            keep=1,
-        ),
+        config=train_config(s, seed),
         run_dir=run,
+        gate=gate,
     )
 
 
@@ -227,6 +270,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="another learning rate than the calibrated one")
     parser.add_argument("--base", type=Path, help="folder of another base model (a replication set)")
     parser.add_argument("--rewards", type=Path, help="folder of other reward models")
+    parser.add_argument("--keep-weights", action="store_true", help="7 MB an evaluation, as annealed-POWER needs them")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:  # seeds outermost: every method has its first seeds early
@@ -236,7 +280,16 @@ def main() -> None:
             try:
                 with locked(claim):
                     print(f"{args.world} {name} seed {seed}", flush=True)
-                    run_cell(args.world, name, seed, args.out, args.base, args.rewards, args.lr)
+                    run_cell(
+                        args.world,
+                        name,
+                        seed,
+                        args.out,
+                        base=args.base,
+                        rewards=args.rewards,
+                        lr=args.lr,
+                        keep_weights=args.keep_weights,
+                    )
             except RunDirectoryError:
                 print(f"{args.world} {name} seed {seed}: another process has it", flush=True)
 

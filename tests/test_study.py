@@ -20,6 +20,8 @@ from rsaft.sampling import Sampling
         ("plain", plain_step, 1.0),
         ("half-lr", plain_step, 0.5),
         ("kl-1e-2", plain_step, 1.0),
+        ("gated-1e-2", plain_step, 1.0),
+        ("annealed-1", plain_step, 1.0),
         ("weight-1e-3", RSAFT(0.0, 0.001, mode="weight"), 1.0),
         ("input-10", RSAFT(10.0, 0.0, mode="input"), 1.0),
         ("both-1-0.01", RSAFT(1.0, 0.01, mode="both"), 1.0),
@@ -49,15 +51,28 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         method("wight-1")
 
 
-def test_a_kl_method_trains_with_its_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    small = replace(SETTINGS["fashion"], steps=2, batch_size=1, num_steps=1, eval_every=2, eval_samples=2)
+def evaluations(out: Path, name: str) -> list[dict[str, float]]:
+    """Of one cell of seed 0, made here with few images."""
+    run_cell("fashion", name, 0, out, keep_weights=True)
+    found: list[dict[str, float]] = json.loads((out / "fashion" / f"{name}.seed0.json").read_text())["evaluations"]
+    return found
+
+
+def test_the_baselines_differ_from_plain_after_their_first_update_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = replace(SETTINGS["fashion"], steps=3, batch_size=4, num_steps=2, eval_every=3, eval_samples=2)
     monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
-    cells = []
-    for name in ("plain", "kl-1e6"):
-        run_cell("fashion", name, 0, tmp_path, None, None, None)
-        cells.append(json.loads((tmp_path / "fashion" / f"{name}.seed0.json").read_text())["evaluations"])
-    assert cells[0][0]["reward/train"] == cells[1][0]["reward/train"]
-    assert cells[0][1]["reward/train"] != cells[1][1]["reward/train"]
+    plain, *others = (evaluations(tmp_path, name) for name in ("plain", "kl-1e6", "gated-1e6", "annealed-1"))
+    for other in others:
+        assert [e["step"] for e in other] == [0, 3]
+        assert other[0]["reward/train"] == pytest.approx(plain[0]["reward/train"], abs=1e-6)
+        assert other[1]["reward/train"] != pytest.approx(plain[1]["reward/train"], abs=1e-6)
+    untrained, annealed = plain[0]["reward/train"], others[2][1]["reward/train"]
+    assert abs(annealed - untrained) < abs(plain[1]["reward/train"] - untrained)  # part of the way from the base
+
+
+def test_annealing_without_kept_weights_says_what_to_run(tmp_path: Path):
+    with pytest.raises(SystemExit, match="run plain with --keep-weights first"):
+        run_cell("fashion", "annealed-1", 0, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,7 @@ def test_a_cell_of_another_trainer_lies_beside_drafts(tmp_path: Path, monkeypatc
     small = replace(SETTINGS["fashion"], steps=2, batch_size=1, num_steps=4, eval_every=2, eval_samples=2)
     monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
     monkeypatch.setitem(TRAINERS, "drtune", replace(TRAINERS["drtune"], early_stop=2))
-    run_cell("fashion", "drtune:weight-0.01", 0, tmp_path, None, None, None)
+    run_cell("fashion", "drtune:weight-0.01", 0, tmp_path)
     cell = json.loads((tmp_path / "fashion" / "drtune:weight-0.01.seed0.json").read_text())
     assert cell["method"] == "drtune:weight-0.01"
     assert [e["step"] for e in cell["evaluations"]] == [0, 2]
@@ -105,7 +120,7 @@ def test_a_cell_holds_its_evaluations_at_its_own_learning_rate_and_is_not_traine
 ):
     small = replace(SETTINGS["fashion"], steps=1, batch_size=1, num_steps=1, eval_every=1, eval_samples=2)
     monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
-    run_cell("fashion", "half-lr", 3, tmp_path, None, None, None)
+    run_cell("fashion", "half-lr", 3, tmp_path)
     file = tmp_path / "fashion" / "half-lr.seed3.json"
     cell = json.loads(file.read_text())
     assert (cell["method"], cell["seed"], cell["lr"]) == ("half-lr", 3, small.lr / 2)
@@ -113,5 +128,5 @@ def test_a_cell_holds_its_evaluations_at_its_own_learning_rate_and_is_not_traine
     assert set(cell["gold_standard_error"]) == {"0", "1"}
     assert not (tmp_path / "fashion" / "runs" / "half-lr.seed3" / "checkpoints").exists()
     written = file.stat().st_mtime_ns
-    run_cell("fashion", "half-lr", 3, tmp_path, None, None, None)
+    run_cell("fashion", "half-lr", 3, tmp_path)
     assert file.stat().st_mtime_ns == written
