@@ -11,10 +11,10 @@ demo: install
 	$(VENV)/bin/rsaft demo
 
 test: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadscope
 
 slow: install
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --runslow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadscope --runslow
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -119,6 +119,7 @@ def test_where_memory_is_too_small_the_switches_that_save_are_named():
     assert "vae_checkpointing=true" in text
 
 
+@pytest.mark.slow
 def test_text_encoders_that_the_run_drops_are_not_in_its_estimate(tmp_path: Path):
     config = tiny(load_config([SD3]))
 

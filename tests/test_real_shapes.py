@@ -71,7 +71,7 @@ def test_a_reduced_network_has_the_modules_of_the_true_one(name: str):
     assert sum(p.numel() for p in narrow.parameters()) < 0.05 * sum(p.numel() for p in true.parameters())
 
 
-@pytest.mark.parametrize("shape", [MMDIT, FLUX], ids=["guided", "distilled"])
+@pytest.mark.parametrize("shape", [pytest.param(MMDIT, marks=pytest.mark.slow), FLUX], ids=["guided", "distilled"])
 def test_counted_flops_of_a_step_are_those_that_the_step_performs(shape: Shape):
     work = count(shape)
     backbone = build_backbone(shape, device="cpu", dtype=torch.float32)
@@ -98,7 +98,11 @@ def test_a_network_is_bf16_and_what_is_trained_is_fp32():
     assert next(backbone.pipe.vae.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("shape", "recompute"), [(MMDIT, "off"), (FLUX, "on")], ids=["guided", "distilled"])
+@pytest.mark.parametrize(
+    ("shape", "recompute"),
+    [(MMDIT, "off"), pytest.param(FLUX, "on", marks=pytest.mark.slow)],
+    ids=["guided", "distilled"],
+)
 def test_both_steps_are_measured_in_the_precision_of_a_gpu(shape: Shape, recompute: str):
     rows = measure(shape, WORK, replace(CPU, dtype="bf16", recompute=recompute))
     assert [(row["step"], row["recompute"]) for row in rows] == [(step, recompute == "on") for step in STEPS]

@@ -58,6 +58,7 @@ def evaluations(out: Path, name: str) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_baselines_differ_from_plain_after_their_first_update_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small = replace(SETTINGS["fashion"], steps=3, batch_size=4, num_steps=2, eval_every=3, eval_samples=2)
     monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)

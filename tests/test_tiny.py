@@ -25,6 +25,7 @@ OVERLAY = CONFIGS / "overlays" / "rsa_ft.yaml"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("overlays", "testbed"))
 
 
+PLAIN = ("sd15-alignprop", "sdxl-draft_lv", "sd3-drtune", "sd35-draft_lv", "flux-refl")
 WITH_RSA_FT = ("sd15-draft_lv", "sdxl-refl", "sd3-alignprop", "sd35-drtune", "flux-drtune")
 
 
@@ -51,10 +52,9 @@ def assert_goes_through(path: Path, folder: Path, *overlays: Path) -> None:
 
 
 def in_turn(path: Path, *, rsa_ft: bool) -> Any:
-    """Each run goes through once, plain or with RSA-FT; the other way round is slow."""
-    return pytest.param(
-        path, marks=() if rsa_ft == (name_of(path) in WITH_RSA_FT) else pytest.mark.slow, id=name_of(path)
-    )
+    """Every family and every trainer goes through plain and with RSA-FT; the other pairs are slow."""
+    quick = name_of(path) in (WITH_RSA_FT if rsa_ft else PLAIN)
+    return pytest.param(path, marks=() if quick else pytest.mark.slow, id=name_of(path))
 
 
 @pytest.mark.parametrize("path", [in_turn(path, rsa_ft=False) for path in RUNS])
@@ -82,9 +82,10 @@ def test_a_whole_network_is_trained_with_a_kl_term_to_its_own_copy(tmp_path: Pat
     assert any(not torch.equal(a, b) for a, b in zip(copy, trainer.backbone.parameters(), strict=True))
 
 
-def test_the_runs_with_rsa_ft_cover_every_family_and_every_trainer():
-    covered = [path for path in RUNS if name_of(path) in WITH_RSA_FT]
-    assert len(covered) == len(WITH_RSA_FT)
+@pytest.mark.parametrize("names", [PLAIN, WITH_RSA_FT], ids=["plain", "rsaft"])
+def test_the_quick_runs_cover_every_family_and_every_trainer(names: tuple[str, ...]):
+    covered = [path for path in RUNS if name_of(path) in names]
+    assert len(covered) == len(names)
     assert {path.parent.name for path in covered} == {path.parent.name for path in RUNS}
     assert {path.stem for path in covered} == {path.stem for path in RUNS}
 

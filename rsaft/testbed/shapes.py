@@ -5,6 +5,7 @@ judge is analysis by synthesis: it draws every admissible version of the caption
 from the nearest. Nothing in it is learned, so no pattern can fool it: a high score *is* a right picture.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -279,8 +280,9 @@ def _checked(images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return (x - _light()).flatten(2), _indices(prompts)
 
 
+@functools.cache
 def gold() -> Gold:
-    """The judge of this world; building it draws 13,068 masks, about 0.3 s."""
+    """The judge of this world; building it draws 13,068 masks, about 0.3 s, once a process."""
     return Gold(
         {
             (size, shape, position): _Drawings.of(shape, size, position)

@@ -84,7 +84,7 @@ def test_a_wrong_option_is_one_sentence_that_begins_with_its_key(step, sentence)
     "step",
     [
         RSAFT(mode="input", smoothing="gaussian", space="latent", draws=8, project=False),
-        RSAFT(mode="both", delta_steps=3, project=True, sharpness_tau=0.1),
+        pytest.param(RSAFT(mode="both", delta_steps=3, project=True, sharpness_tau=0.1), marks=pytest.mark.slow),
     ],
     ids=["smoothing-latent", "steps-project-weights"],
 )

@@ -1,6 +1,7 @@
 """The training loop's promises, on a tiny Stable Diffusion."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,11 @@ def test_another_seed_gives_another_run(trainer):
     assert not torch.equal(weights_of(one), weights_of(two))
 
 
-@pytest.mark.parametrize("step", [plain_step, RSAFT(0.1, 0.01, eps_every=2)], ids=["plain", "rsaft-kept-epsilon"])
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(plain_step, marks=pytest.mark.slow), RSAFT(0.1, 0.01, eps_every=2)],
+    ids=["plain", "rsaft-kept-epsilon"],
+)
 def test_resuming_from_every_step_is_exact_bit_for_bit(trainer, step):
     settings: dict[str, Any] = {
         "step": step,
@@ -145,7 +150,9 @@ def test_resume_with_another_model_is_refused(trainer):
         trainer(lora=rsaft.LoRA(rank=2)).fit(resume=True)
 
 
-@pytest.mark.parametrize("step", [plain_step, RSAFT(0.1, 0.01)], ids=["plain", "rsaft"])
+@pytest.mark.parametrize(
+    "step", [pytest.param(plain_step, marks=pytest.mark.slow), RSAFT(0.1, 0.01)], ids=["plain", "rsaft"]
+)
 def test_micro_batches_give_the_whole_batchs_run(trainer, step):
     whole, split = trainer("whole", step=step), trainer("split", step=step, micro_batch=1)
     whole.fit(), split.fit()
@@ -201,8 +208,11 @@ def poisoned(value: float, prompt: str) -> Callable[..., torch.Tensor]:
     return reward
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("step", [plain_step, RSAFT(0.1, 0.01)], ids=["plain", "rsaft"])
+@pytest.mark.parametrize(
+    ("value", "step"),
+    [(math.nan, plain_step), (math.nan, RSAFT(0.1, 0.01)), (math.inf, RSAFT(0.1, 0.01)), (-math.inf, plain_step)],
+    ids=["nan-plain", "nan-rsaft", "inf-rsaft", "-inf-plain"],
+)
 def test_a_non_finite_reward_masks_its_sample_and_no_nan_reaches_the_weights(trainer, value, step):
     run = trainer(reward=poisoned(value, PROMPTS[0]), step=step)
     run.fit()

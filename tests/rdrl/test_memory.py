@@ -53,6 +53,11 @@ def estimate(adapter: DiffusersBackbone) -> MemoryEstimate:
     return estimate_memory(adapter, PLAN)
 
 
+@pytest.fixture(scope="module")
+def whole_estimate(whole: DiffusersBackbone) -> MemoryEstimate:
+    return estimate_memory(whole, PLAN)
+
+
 def num_trainable(backbone: DiffusersBackbone) -> int:
     return sum(p.numel() for p in backbone.parameters())
 
@@ -84,6 +89,7 @@ def test_more_samples_at_once_need_more(adapter: DiffusersBackbone, estimate: Me
     assert larger.moments["update"][part] == pytest.approx(2 * estimate.moments["update"][part], rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_price_of_many_samples_is_affine(adapter: DiffusersBackbone):
     config = replace(PLAN.config, batch_size=8, micro_batch=8)
     scaled = estimate_memory(adapter, replace(PLAN, config=config))  # prices at 2 and 4
@@ -92,6 +98,7 @@ def test_the_price_of_many_samples_is_affine(adapter: DiffusersBackbone):
     assert scaled.peak == pytest.approx(four.peak + 2 * (four.peak - two.peak), rel=0.01)
 
 
+@pytest.mark.slow
 def test_checkpointing_needs_less_in_the_denoiser_and_in_the_decoder(
     adapter: DiffusersBackbone, estimate: MemoryEstimate
 ):
@@ -107,16 +114,17 @@ def test_checkpointing_needs_less_in_the_denoiser_and_in_the_decoder(
         assert activations(blocks) < 0.9 * activations(estimate)
 
 
-def test_the_whole_network_needs_more_than_an_adapter(whole: DiffusersBackbone, estimate: MemoryEstimate):
-    full = estimate_memory(whole, PLAN)
-    assert full.moments["update"]["gradients"] == 4 * num_trainable(whole)
-    assert full.peak > estimate.peak
+def test_the_whole_network_needs_more_than_an_adapter(
+    whole: DiffusersBackbone, whole_estimate: MemoryEstimate, estimate: MemoryEstimate
+):
+    assert whole_estimate.moments["update"]["gradients"] == 4 * num_trainable(whole)
+    assert whole_estimate.peak > estimate.peak
 
 
 def test_a_save_of_the_whole_network_holds_it_twice_and_its_moving_average_beside_it(
-    whole: DiffusersBackbone, estimate: MemoryEstimate
+    whole: DiffusersBackbone, whole_estimate: MemoryEstimate, estimate: MemoryEstimate
 ):
-    export, n = estimate_memory(whole, PLAN).moments["export"], num_trainable(whole)
+    export, n = whole_estimate.moments["export"], num_trainable(whole)
     assert export["export: network reloaded"] == export["denoiser: weights"]
     assert export["export: weights kept"] == export["EMA"] == 4 * n
     assert export["optimizer"] == pytest.approx(2 * 4 * n, abs=4 * 16)
@@ -134,6 +142,7 @@ def test_the_estimate_is_what_real_updates_allocate(model: str, step: Any, reque
     assert_estimate_is_allocated(backbone, plan, batches)
 
 
+@pytest.mark.slow
 def test_each_further_micro_batch_of_rsa_ft_adds_its_delta(adapter: DiffusersBackbone):
     plan = replace(PLAN, step=RSA_FT, config=replace(PLAN.config, micro_batch=1))
     three, eight = (

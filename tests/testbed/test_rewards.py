@@ -51,11 +51,13 @@ def test_pairs_share_a_caption_and_prefer_the_better_image_as_often_as_they_shou
     assert right == pytest.approx(pairs.ceiling, abs=0.03)  # 4,000 draws: standard error below 0.007
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=() if a == "cnn" else pytest.mark.slow) for a in ARCHITECTURES]
+)
 def test_a_reward_model_learns_a_visible_truth(architecture):
     pool = pool_of_brightness()
     sets, held = disjoint_sets(pool, 1, validation=0.2, seed=0)
-    train = draw_pairs(pool, sets[0], 640, slope=50.0, seed=1)
+    train = draw_pairs(pool, sets[0], 320, slope=50.0, seed=1)
     validation = draw_pairs(pool, held, 200, slope=50.0, seed=2)
     recipe = PreferenceRecipe(epochs=4, batch=32)
     reward = learn_reward(architecture, WORDS, pool, train, validation, seed=0, recipe=recipe, log=QUIET)
