@@ -1,11 +1,12 @@
 # make demo: watch a reward being hacked, and RSA-FT against it.   make test: the test suite.
-# Both create .venv if it is missing and install once, with the versions of constraints.txt.
+# make docs: the site of docs/, in build/site.   make notebook: run the quickstart notebook.
+# All create .venv if it is missing and install once, with the versions of constraints.txt.
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test slow lint types install clean
+.PHONY: demo test slow lint types docs notebook install clean
 
 demo: install
 	$(VENV)/bin/rsaft demo
@@ -23,11 +24,21 @@ lint: install
 types: install
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+notebook: $(VENV)/.installed-docs
+	$(VENV)/bin/jupyter-execute examples/quickstart.ipynb --timeout=300
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 clean:
