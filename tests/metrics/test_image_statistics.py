@@ -86,6 +86,12 @@ def test_statistics_of_one_colour_are_known(colour, size):
     torch.testing.assert_close(torch.cat(list(found.values())), torch.tensor(expected).float(), atol=1e-6, rtol=0)
 
 
+def test_rounding_of_a_constant_image_is_no_frequency():
+    values = torch.linspace(0.05, 0.95, 40).view(-1, 1, 1, 1).expand(-1, 3, 17, 30)
+    assert torch.equal(high_frequency_energy(values), torch.zeros(40))
+    torch.testing.assert_close(fft_peak(values), torch.zeros(40), atol=1e-6, rtol=0)
+
+
 def test_saturation_is_the_mean_range_of_the_channels():
     x = plain(0.9, 0.4, 0.1)
     x[..., :8] = 0.5  # a quarter of the pixels is grey
@@ -286,6 +292,7 @@ def test_a_side_no_longer_than_the_thumbnail_stays():
     x = noise(height=20, width=64)
     assert torch.equal(thumbnails(x, 64), x)
     torch.testing.assert_close(thumbnails(x), x.view(4, 3, 20, 32, 2).mean(4))
+    torch.testing.assert_close(thumbnails(x.mT), thumbnails(x).mT)
 
 
 def test_drift_of_a_change_of_brightness_is_its_size():
