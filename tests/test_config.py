@@ -19,6 +19,7 @@ from rsaft.config.sections import Plain
 from rsaft.config.settings import load_type
 from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
+from rsaft.metrics import Gauge, StopRule
 from rsaft.rdrl import DRaFT, Hinge, WeightedSum
 from rsaft.sampling import Sampling
 
@@ -95,6 +96,16 @@ def test_resolved_settings_give_the_same_config_again(tmp_path: Path):
     config = validate(BASE)
     path = write(tmp_path / "config.yaml", to_dict(config))
     assert load_config([path]) == config
+
+
+def test_the_gauge_is_on_by_default_and_a_bare_off_is_the_word(tmp_path: Path):
+    default = validate(BASE)
+    assert default.gauge == Gauge()
+    assert validate(to_dict(default)) == default
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(BASE) + "gauge:\n  stop: off\n  rule: {patience: 3}\n")  # YAML reads off as false
+    assert load_config([file]).gauge == Gauge(stop="off", rule=StopRule(patience=3))
+    assert load_config([file], ["gauge.stop=stop"]).gauge.stop == "stop"
 
 
 def test_a_kl_term_is_there_if_asked_for(tmp_path: Path):
@@ -174,6 +185,8 @@ def test_a_path_counts_from_the_yaml_first_and_then_from_the_working_directory(t
         ("kl", {"weight": 0}, "config.kl.weight: .* so weight > 0; got 0"),
         ("kl", {"weight": 1, "wait": 1}, "config.kl.wait: unknown key; .*did you mean 'weight'?"),
         ("kl", {}, "config.kl.weight: "),
+        ("gauge", {"stop": "halt"}, "config.gauge.stop: .*'halt'"),
+        ("gauge", {"rule": {"share": 2}}, "config.gauge.rule.*share is a part of the first slope"),
         ("model", None, "config.model: this section is missing"),
         ("model.path", None, "config.model.path: allowed is text; got null."),
         ("model.path", "testbed:fashon", "config.model.path: there is no world 'fashon'; .*; did you mean 'fashion'?"),

@@ -34,6 +34,7 @@ class DiffusersBackbone:
         source: path or hub id that the pipeline was loaded from.
         compute_dtype: precision of the network's arithmetic.
         latent_shape: (channels, height, width).
+        kept_base: a copy of the network as it was loaded, or None; an adapter needs none.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class DiffusersBackbone:
         self._negative_prompt = negative_prompt
         self._max_sequence_length = max_sequence_length
         self._has_text_encoders = True
-        self._base = deepcopy(self.network).requires_grad_(False) if keep_base and lora is None else None
+        self.kept_base = deepcopy(self.network).requires_grad_(False) if keep_base and lora is None else None
         self._cache = (
             None if prompt_cache is None else cache.open_cache(prompt_cache, pipe, family, max_sequence_length)
         )
@@ -174,11 +175,11 @@ class DiffusersBackbone:
             finally:
                 self.network.enable_adapters()
             return
-        if self._base is None:
+        if self.kept_base is None:
             raise ConfigError(
                 "base model: the whole network is trained, and no copy of it was kept; load it with keep_base=True."
             )
-        trained, self.network = self.network, self._base
+        trained, self.network = self.network, self.kept_base
         try:
             yield
         finally:

@@ -271,6 +271,8 @@ def _finish(result: RunResult) -> None:
     if result.signal is not None:
         _say(f"stopped at step {result.step}; go on with: rsaft resume {result.run_dir}")
         sys.exit(128 + result.signal)
+    if result.reading is not None and result.reading.alarm:
+        _say(result.reading.sentence)
     _say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
 
 

@@ -92,6 +92,7 @@ def trainer(config: RunConfig, run: Path) -> Trainer:
         held_out=parts.held_out,
         measures=parts.measures,
         config=config.train,
+        gauge=config.gauge,
         run_dir=run,
         description=yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120),
     )

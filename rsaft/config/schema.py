@@ -16,9 +16,12 @@ _FIELD = re.compile(r"((?:^    # [^\n]*\n)*)^    (\w+): [^#\n]*?(?:  # ([^\n]+))
 def run_schema() -> dict[str, Any]:
     """The schema; each key's description is the comment beside or above it in the code."""
     lora, train = load_type("rsaft.backbones.lora:LoRA"), load_type("rsaft.rdrl.train_config:TrainConfig")
+    gauge, rule = load_type("rsaft.metrics.gauge:Gauge"), load_type("rsaft.metrics.stop_rule:StopRule")
     kinds = {kind: {name: load_type(path) for name, path in types.items()} for kind, types in TYPES.items()}
     classes = list(
-        dict.fromkeys([Model, Prompts, KL, lora, train, Custom, *[c for k in kinds.values() for c in k.values()]])
+        dict.fromkeys(
+            [Model, Prompts, KL, lora, train, gauge, rule, Custom, *[c for k in kinds.values() for c in k.values()]]
+        )
     )
     refs, shared = TypeAdapter.json_schemas([(cls, "validation", adapter(cls)) for cls in classes])
     ref = {cls: refs[(cls, "validation")]["additionalProperties"] for cls in classes}
@@ -42,6 +45,7 @@ def run_schema() -> dict[str, Any]:
         "step": choice["step"],
         "train": ref[train],
         "kl": {"anyOf": [ref[KL], {"type": "null"}]},
+        "gauge": ref[gauge],
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

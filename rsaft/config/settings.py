@@ -72,6 +72,7 @@ class RunConfig:
     step: Any
     train: Any  # a TrainConfig
     kl: KL | None = None  # null: no term
+    gauge: Any = None  # a Gauge
 
 
 def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> RunConfig:
@@ -117,10 +118,18 @@ def validate(settings: Mapping[str, Any]) -> RunConfig:
         held_out=reward_settings(held_out, "config.held_out"),
         step=_component("step", step, "config.step"),
         train=_checked(load_type("rsaft.rdrl.train_config:TrainConfig"), train, "config.train"),
+        gauge=_checked(load_type("rsaft.metrics.gauge:Gauge"), _gauge(settings.get("gauge")), "config.gauge"),
         kl=None if settings.get("kl") is None else _checked(KL, settings["kl"], "config.kl"),
     )
     _check_together(config)
     return config
+
+
+def _gauge(section: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    if isinstance(section, Mapping) and section.get("stop") is False:
+        return {**section, "stop": "off"}
+    return {} if section is None else section
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -66,6 +67,12 @@ def line_chart(name: str, lines: Sequence[Line], *, x_label: str, y_label: str, 
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _inline(buffer.getvalue(), name, title)
+
+
+def chart(name: str, lines: Sequence[Line], label: str, note: str) -> dict[str, Any]:
+    """A captioned chart against updates, for a page's template."""
+    svg = line_chart(name, lines, x_label="update", y_label="", title=f"{label} against update")
+    return {"label": label, "note": note, "svg": Markup(svg)}  # our own drawing, its texts escaped
 
 
 def tiles(path: Path) -> list[Image.Image]:

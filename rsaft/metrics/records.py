@@ -61,6 +61,12 @@ def read_run(path: Path) -> Run:
     )
 
 
+def all_keys(runs: Sequence[Run], prefixes: Sequence[str]) -> list[str]:
+    """Keys of the runs' evaluations that begin so, in the order of the prefixes, gold first."""
+    keys = dict.fromkeys(key for prefix in prefixes for run in runs for key in run.keys(prefix))
+    return sorted(keys, key=lambda key: (prefixes.index(key.split("/")[0] + "/"), key != GOLD))
+
+
 def curve(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one key; NaN where a record lacks it."""
     return [int(record["step"]) for record in records], [number(record.get(key)) for record in records]

@@ -14,9 +14,22 @@ from markupsafe import Markup
 
 from rsaft.errors import ConfigError
 from rsaft.files import write_atomic
-from rsaft.metrics.figures import NUM_SLOTS, Line, data_uri, line_chart, tiles
+from rsaft.metrics.figures import NUM_SLOTS, Line, chart, data_uri, line_chart, tiles
+from rsaft.metrics.gauge_panel import gauge_panel
 from rsaft.metrics.matched import at_matched_reward, common_levels, first_crossing, mean_interval
-from rsaft.metrics.records import GOLD, Run, by_prompt, curve, flat, number, read_run, scores, train_reward, truth
+from rsaft.metrics.records import (
+    GOLD,
+    Run,
+    all_keys,
+    by_prompt,
+    curve,
+    flat,
+    number,
+    read_run,
+    scores,
+    train_reward,
+    truth,
+)
 
 MAX_PROMPTS = 16  # rows of the sample table
 RESAMPLES = 2_000  # of each interval in the page
@@ -52,10 +65,11 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         title=title,
         runs=[{"name": name, "slot": i % NUM_SLOTS, "extent": _extent(found[i])} for i, name in enumerate(names)],
         truth_name=_truth_name(found),
-        quantities=[_quantity(found, key) for key in _all_keys(found, ("reward/", "held_out/"))],
+        quantities=[_quantity(found, key) for key in all_keys(found, ("reward/", "held_out/"))],
         matched=matched_table(found),
         plane=_plane(found),
         charts=_charts(found),
+        gauge=gauge_panel(found),
         parts=_part_charts(found),
         samples=_samples(found),
         differing=_differing(found),
@@ -121,11 +135,6 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def _all_keys(runs: Sequence[Run], prefixes: Sequence[str]) -> list[str]:
-    keys = dict.fromkeys(key for prefix in prefixes for run in runs for key in run.keys(prefix))
-    return sorted(keys, key=lambda key: (prefixes.index(key.split("/")[0] + "/"), key != GOLD))
-
-
 def _truth_name(runs: Sequence[Run]) -> str:
     return "gold" if any(GOLD in run.keys(GOLD) for run in runs) else "mean held-out reward"
 
@@ -160,7 +169,7 @@ def _quantity(runs: Sequence[Run], key: str) -> dict[str, Any]:
 def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A chart for each train reward, held-out reward, S1, and pull of several rewards, against step."""
     charts: list[dict[str, Any]] = []
-    for key in _all_keys(runs, ("reward/", "held_out/", "sharpness/", "pull/")):
+    for key in all_keys(runs, ("reward/", "held_out/", "sharpness/", "pull/")):
         lines = []
         for slot, run in enumerate(runs):
             steps, values = curve(run.evals, key)
@@ -173,19 +182,14 @@ def _charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "pull": "size of this reward's part of the gradient at the images",
         }
         note = "band: 95 % over prompts" if key == GOLD else caption.get(key.split("/")[0], "")
-        charts.append(_chart(f"chart-{len(charts)}", lines, _label(key), note))
+        charts.append(chart(f"chart-{len(charts)}", lines, _label(key), note))
     return charts
 
 
 def _part_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    keys = _all_keys(runs, ("measure/",))
+    keys = all_keys(runs, ("measure/",))
     lines = [[Line(slot, *curve(run.evals, key)) for slot, run in enumerate(runs)] for key in keys]
-    return [_chart(f"part-{i}", line, _label(key), "") for i, (key, line) in enumerate(zip(keys, lines, strict=True))]
-
-
-def _chart(name: str, lines: Sequence[Line], label: str, note: str) -> dict[str, Any]:
-    svg = line_chart(name, lines, x_label="update", y_label="", title=f"{label} against update")
-    return {"label": label, "note": note, "svg": Markup(svg)}  # our own drawing, its texts escaped
+    return [chart(f"part-{i}", line, _label(key), "") for i, (key, line) in enumerate(zip(keys, lines, strict=True))]
 
 
 def _plane(runs: Sequence[Run]) -> Markup | None:

@@ -60,6 +60,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    best: int | None = None,
     export: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXX`, durable when this returns, and then delete all but the `keep` newest.
@@ -74,6 +75,7 @@ def save_checkpoint(
         state: values for JSON: dicts with text keys, lists, text, numbers, None. NaN and infinities come back as such,
             tuples as lists.
         keep: number of complete checkpoints to keep, 1 or more; the one just written always stays.
+        best: step of one that stays besides.
         export: called with `step-XXXXXX/adapter`, which it may fill with any files.
 
     Returns:
@@ -101,7 +103,7 @@ def save_checkpoint(
             if temporary.exists():
                 delete(temporary)
         fsync_directory(folder)
-    prune(folder, keep, final)
+    prune(folder, keep, final, best)
     return final
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 from rsaft.errors import CheckpointError
 from rsaft.rdrl.manifest import Manifest, read_manifest
 
-TEMPORARY, REPLACED = ".tmp-", ".replaced-"
+TEMPORARY, REPLACED, BEST = ".tmp-", ".replaced-", "best"
 _NAME = re.compile(r"(?:\.replaced-)?step-(\d{6,})")
 
 
@@ -44,7 +45,10 @@ def manifest_if_complete(path: Path) -> Manifest | None:
 def clear_leftovers(folder: Path) -> None:
     """Delete what a kill left half-written, and finish or undo a replacement that it interrupted."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        delete(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            delete(path)
     for path in folder.glob(f"{REPLACED}step-*"):
         final = folder / path.name.removeprefix(REPLACED)
         if final.exists():
@@ -53,8 +57,20 @@ def clear_leftovers(folder: Path) -> None:
             path.rename(final)
 
 
-def prune(folder: Path, keep: int, written: Path) -> None:
-    """Delete what is older than `written`, but for the newest complete ones that make up `keep` with it.
+def link_best(folder: Path, step: int | None) -> None:
+    """Let `best` point to that step's checkpoint; without one, as of the untuned model, there is no `best`."""
+    link, target = folder / BEST, folder / f"step-{step or 0:06d}"
+    if not target.is_dir():
+        link.unlink(missing_ok=True)
+        return
+    made = folder / f"{TEMPORARY}{BEST}-{os.getpid()}"
+    made.unlink(missing_ok=True)
+    made.symlink_to(target.name, target_is_directory=True)
+    made.replace(link)
+
+
+def prune(folder: Path, keep: int, written: Path, best: int | None = None) -> None:
+    """Delete what is older than `written`, but for step `best` and the newest complete ones: `keep` with `written`.
 
     A damaged one goes when there are `keep` complete ones after it, and not before: it may be worth a rescue.
     """
@@ -64,6 +80,7 @@ def prune(folder: Path, keep: int, written: Path) -> None:
     if len(kept) < keep:
         return
     oldest_kept = next(i for i, path in enumerate(found) if path in kept)
+    kept |= {path for path in found if step_of(path) == best}
     for i, path in enumerate(found[: found.index(written)]):
         if path not in kept and (path in complete or i < oldest_kept):
             delete(path)

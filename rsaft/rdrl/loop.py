@@ -17,23 +17,27 @@ from typing import Any
 from torch import Tensor
 
 from rsaft import distributed
+from rsaft.backbones.distance import weight_distance
 from rsaft.backbones.export import export_weights
 from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.errors import CheckpointError, ConfigError, NonFiniteError
 from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.metrics.evaluate import Measure, evaluate, joined
+from rsaft.metrics.gauge import GAUGE, Gauge, Reading
 from rsaft.metrics.report import write_report
 from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list
 from rsaft.rdrl.checkpoint import list_checkpoints, load_latest, save_checkpoint
+from rsaft.rdrl.checkpoint_folder import link_best
 from rsaft.rdrl.model_card import write_model_card
 from rsaft.rdrl.optimization import Optimization
 from rsaft.rdrl.progress import ProgressLine
 from rsaft.rdrl.run_directory import free_run_dir, locked
 from rsaft.rdrl.run_files import RunFiles, Trackers
+from rsaft.rdrl.run_gauge import RunGauge
 from rsaft.rdrl.run_result import RunResult, best_step
 from rsaft.rdrl.score import ImageScore, plain_step
 from rsaft.rdrl.sharding import assembled, export_assembled, part_of, shard_if_asked
-from rsaft.rdrl.signals import StopRequest
+from rsaft.rdrl.signals import StopRequest, agreed
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.rdrl.update_record import nonfinite_sentence, update_record
 from rsaft.types import Algorithm, Objective, Reward, Step
@@ -57,6 +61,8 @@ class Trainer:
         config: TrainConfig | None = None,
         run_dir: str | os.PathLike[str] | None = None,
         gate: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None,
+        gauge: Gauge | None = GAUGE,
+        on_reading: Callable[[Reading], None] | None = None,
         description: str | None = None,
     ) -> None:
         """Set up a run; nothing is written before `fit`.
@@ -74,6 +80,8 @@ class Trainer:
             config: settings of the loop.
             run_dir: folder of the run; the first free runs/run-N by default.
             gate: which samples' penalty counts, from their rewards (`rsaft.rdrl.kl.OverRated`); all by default.
+            gauge: the hacking gauge's settings; None does without it.
+            on_reading: called with the gauge's reading of each evaluation, on every process.
             description: text of the run directory's config.yaml.
 
         Raises:
@@ -92,6 +100,7 @@ class Trainer:
         distributed.join(backbone.device)
         # Every rank names the first rank's folder, which another rank may already have made.
         self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(free_run_dir("run"))[0]
+        self._gauge = RunGauge(gauge, self.run_dir, on_reading)
         self._description = description
         self._parts = micro_batch_ids(self.config, world=distributed.world_size(), rank=distributed.rank())
         shard_if_asked(self.config, backbone, algorithm, step)
@@ -139,14 +148,15 @@ class Trainer:
         trackers = Trackers(c.trackers, self.run_dir)
         with ProgressLine(done=done, total=c.steps, visible=files is not None, label=self.run_dir.name) as line:
             while True:
-                finished = done == c.steps
+                finished, better = done == c.steps, False
                 evaluated = bool(self._evaluations) and self._evaluations[-1]["step"] == done  # before it was resumed
                 if (done % c.eval_every == 0 or finished) and not evaluated:
                     means = self._evaluate(done, files)
                     trackers.log(means, done)
                     line.evaluated(means)
-                signal = _agreed(stop.signal)
-                if done and (done % c.save_every == 0 or finished or signal is not None):
+                    finished, better = finished or self._gauge.stops, self._gauge.best == done
+                signal = agreed(stop.signal)
+                if done and (done % c.save_every == 0 or finished or better or signal is not None):
                     self._save(done, files)
                 if finished or signal is not None:
                     break
@@ -206,8 +216,9 @@ class Trainer:
                 objective=self.score.objective,
                 rows=slice(rank * per, (rank + 1) * per),
             )
-        whole = joined(distributed.gathered(part))
-        means = {"step": done} | whole.means()
+            distance = weight_distance(self.backbone)
+        whole = self._gauge.look(done, joined(distributed.gathered(part)), distance, self.backbone.device)
+        means = {"step": done} | whole.means() | (self._gauge.last.values if self._gauge.last else {})
         self._evaluations.append(means)
         if files is not None:
             files.evaluation(done, whole, means, grid=c.grid)
@@ -234,8 +245,10 @@ class Trainer:
                 tensors=tensors,
                 state=state,
                 keep=self.config.keep,
+                best=self._gauge.best,
                 export=lambda folder: self._export(folder, tensors),
             )
+            link_best(self.run_dir / "checkpoints", self._gauge.best)
         distributed.barrier()
 
     def _export(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -265,6 +278,7 @@ class Trainer:
             self._step_state = KeptEps(tuple(eps), found.state["eps_age"])
         self._nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
         self._evaluations = list(found.state["evaluations"])
+        self._gauge.restore(found.step)
         return found.step
 
     def _describe(self, result: RunResult) -> None:
@@ -280,12 +294,7 @@ class Trainer:
 
     def _result(self, done: int, signal: int | None) -> RunResult:
         checkpoints = tuple(list_checkpoints(self.run_dir / "checkpoints"))
+        best = best_step(self._evaluations) if self._gauge.best is None else self._gauge.best
         return RunResult(
-            self.run_dir, done, best_step(self._evaluations), tuple(self._evaluations), checkpoints, signal
+            self.run_dir, done, best, tuple(self._evaluations), checkpoints, signal, reading=self._gauge.last
         )
-
-
-def _agreed(signal: int | None) -> int | None:
-    """The largest signal that any rank received, so that all stop at the same step."""
-    numbers = [s for s in distributed.gathered(signal) if s is not None]
-    return max(numbers, default=None)

@@ -53,6 +53,9 @@ class ProgressLine:
         """Remember the held-out rewards of the last evaluation for the line."""
         held_out = {k.split("/", 1)[1]: v for k, v in means.items() if k.startswith("held_out/")}
         self._held_out = " ".join(f"{name} {value:.3f}" for name, value in held_out.items())
+        if "gauge/gap" in means:
+            alarm = f", HACKED? keep {means['gauge/keep_step']:.0f}" if means["gauge/alarm"] else ""
+            self._held_out += f" · gap {means['gauge/gap']:.2f} of {means['gauge/gain']:.2f}{alarm}"
 
     def show(self, step: int, record: Mapping[str, float | int | str | None]) -> None:
         """Move to `step`, with the rewards and the gradient norm of its record."""

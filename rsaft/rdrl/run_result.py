@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rsaft.metrics.gauge import Reading
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -14,10 +16,13 @@ class RunResult:
 
     run_dir: Path
     step: int  # updates done
-    best_step: int  # evaluation with the best mean held-out reward (train reward, if nothing is held out)
+    # The evaluation whose weights to keep, by the gauge; without it the one with the best mean held-out reward, and
+    # with nothing held out the one with the best train reward.
+    best_step: int
     evaluations: tuple[dict[str, float], ...]  # means of each evaluation, with its "step"
     checkpoints: tuple[Path, ...]
     signal: int | None = None  # the signal that stopped the run, if one did
+    reading: Reading | None = None  # the gauge at the last evaluation, with an alarm if it was raised
 
 
 def best_step(evaluations: Sequence[Mapping[str, float]]) -> int:

@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from rsaft import distributed
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -44,3 +46,9 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal = int(number)
+
+
+def agreed(signal: int | None) -> int | None:
+    """The largest signal that any process received, so that all stop at the same step."""
+    numbers = [s for s in distributed.gathered(signal) if s is not None]
+    return max(numbers, default=None)
