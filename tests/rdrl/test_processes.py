@@ -26,7 +26,7 @@ from tests.helpers import tiny_folder, tiny_pipeline
 from tests.rdrl.fork_server import REPOSITORY, ForkServer
 from tests.rdrl.process_worker import RESUMED, backbone, cut_short, flattening_inputs, train, trainer
 
-CASES = ["sd-full-plain", "sd-lora-rsaft", "sd3-full-rsaft", "sd3-lora-plain"]
+CASES = ["sd-full-rsaft", "sd-lora-plain", "sd3-full-plain", "sd3-lora-rsaft"]
 CASES += ["sd3-full-every", "sd3-sharded-every", "sd-sharded-rsaft"]
 REFUSED = ["sd-full-odd", "sd-sharded-share", "sd-ddp-plain", "sd-fsdp-plain"]
 
@@ -35,8 +35,7 @@ GRID = [f"{name}-{what}-rsaft" for name in ("sd", "sdxl", "sd3", "sd35", "flux")
 GRID += [f"{name}-{what}-{kind}" for name in ("sd", "sd3", "flux") for what in WAYS for kind in ("lv", "k3", "micro")]
 GRID += [
     "sd-full-share",
-    "sd-lora-plain",
-    "sd3-full-plain",
+    "sd3-lora-plain",
     *(f"sd-{what}-{kind}" for what in ("full", "sharded") for kind in ("plain", "every", "cached")),
 ]
 pytestmark = pytest.mark.timeout(600)  # the processes may have to share one core with others
@@ -108,7 +107,8 @@ def assert_same_records(one: Path, several: Path) -> None:
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
-            tolerance = 1e-5 * value if key == "grad_norm" else 1e-6
+            # The gauge divides by the deviation of a few alike images, and so enlarges what the last bits make.
+            tolerance = 1e-5 * value if key == "grad_norm" else 1e-4 if key.startswith("gauge/") else 1e-6
             assert b[key] == (pytest.approx(value, rel=0, abs=tolerance) if isinstance(value, float) else value), key
 
 
@@ -130,7 +130,7 @@ def test_two_processes_log_the_records_of_one(pair, case):
     assert_same_records(pair.one / alone(case), pair.several / case)
 
 
-@pytest.mark.parametrize("case", ["sd-full-plain", "sd-lora-rsaft"])
+@pytest.mark.parametrize("case", ["sd-full-rsaft", "sd3-lora-rsaft"])
 def test_the_compared_runs_move_their_weights_by_a_hundred_times_the_tolerance(pair, case):
     family, what, _ = case.split("-")
     before = backbone(pair.models[family], what).parameters()
