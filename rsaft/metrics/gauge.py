@@ -140,7 +140,7 @@ class HackingGauge:
             verdict = judge(train, held_out, self._prompts, self.settings.rule)
             values |= _verdict_values(verdict, held_out)
             values["keep_step"] = float(self.steps[verdict.keep])
-        named = {f"gauge/{name}": value for name, value in values.items() if math.isfinite(value)}
+        named = {f"gauge/{name}": value for name, value in sorted(values.items()) if math.isfinite(value)}
         keep = None if verdict is None else self.steps[verdict.keep]
         alarm = verdict is not None and verdict.alarm and self.settings.stop != "off"
         return Reading(step, named, keep, alarm, self.settings.stop == "stop", _sentence(keep, verdict, alarm))

@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rsaft.errors import ConfigError
+
 Scores = Float[Tensor, "t n"]
 """One reward of the same n samples at each of t looks; row 0 is the untuned model."""
 
@@ -37,11 +39,11 @@ class StopRule:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise ValueError(f"stop rule: share is a part of the first slope, 0 < share < 1; got {self.share}.")
+            raise ConfigError(f"stop rule: share is a part of the first slope, 0 < share < 1; got {self.share}.")
         if self.significance < 0:
-            raise ValueError(f"stop rule: significance counts standard errors, >= 0; got {self.significance}.")
+            raise ConfigError(f"stop rule: significance counts standard errors, >= 0; got {self.significance}.")
         if self.patience < 1:
-            raise ValueError(f"stop rule: patience counts looks, >= 1; got {self.patience}.")
+            raise ConfigError(f"stop rule: patience counts looks, >= 1; got {self.patience}.")
 
 
 @dataclass(frozen=True)

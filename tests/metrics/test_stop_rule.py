@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rsaft.errors import ConfigError
 from rsaft.metrics.stop_rule import StopRule, first_alarm, judge
 
 PROMPTS = [f"prompt {i}" for i in range(40)]
@@ -134,5 +135,5 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence():
 
 @pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 1.0}, {"significance": -1.0}, {"patience": 0}])
 def test_settings_out_of_range_are_refused(settings: dict[str, float]):
-    with pytest.raises(ValueError, match=f"stop rule: {next(iter(settings))}"):
+    with pytest.raises(ConfigError, match=f"stop rule: {next(iter(settings))}"):
         StopRule(**settings)  # type: ignore[arg-type]
