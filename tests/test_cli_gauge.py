@@ -36,7 +36,7 @@ def write_run(run: Path, train: list[float], held_out: list[float]) -> Path:
 
 def test_a_run_without_a_gauge_of_its_own_is_read_from_its_samples(tmp_path: Path):
     run = write_run(tmp_path / "run", [0, 1, 2, 3, 4], [0, 0.5, 1.0, 1.02, 1.04])
-    *table, verdict = gauge_run(run, StopRule()).splitlines()
+    *table, verdict = gauge_run(run, StopRule(patience=2)).splitlines()
     assert [int(line.split()[0]) for line in table[1:]] == [0, 10, 20, 30, 40]
     assert [line.endswith("yes") for line in table[1:]] == [False, False, False, False, True]
     assert "keep step 20" in verdict

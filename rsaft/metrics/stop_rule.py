@@ -5,12 +5,14 @@ alone, often while every held-out reward still creeps up, so that waiting for on
 With gains g(t) over the untuned model, each in standard deviations of its base scores, and a first look t_1:
 
     (1)  s_k = g_k(t_1) / g_train(t_1)             how much held-out reward k follows at first
-    (2)  u(t) = mean_k g_k(t) / s_k                the train reward that the held-out rewards believe; u(t_1) = g_train
+    (2)  u(t) = mean of the lower half of g_k(t) / s_k over k: the train reward that the doubtful half believes
     (3)  gap(t) = g_train(t) - u(t)                what they do not believe
     (4)  worth(t) = u(t) - share * g_train(t)      keep the look where it is largest
 
-worth falls once held-out rewards follow with less than `share` of their first slope. The alarm is raised when
-`patience` looks in a row have a higher train reward than the look to keep, and less worth. Figures: docs/gauge.md.
+A reward that does not rise at first believes nothing (0). worth falls once the doubtful half follows with less than
+`share` of its first slope: of held-out rewards some share the train reward's error, and these must not outvote the
+others. The alarm is raised when `patience` looks in a row have a higher train reward than the look to keep, and less
+worth. How it was chosen, and what it is worth: docs/gauge.md.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ Scores = Float[Tensor, "t n"]
 
 @dataclass(frozen=True)
 class StopRule:
-    """Settings, chosen on one world and trainer of the testbed (docs/gauge.md)."""
+    """Settings, chosen on the testbed's runs of one trainer (docs/gauge.md)."""
 
     share: float = 0.5  # of the first slope, below which held-out rewards no longer follow
     significance: float = 3.0  # standard errors over prompts, of a rise
-    patience: int = 2  # looks since the one to keep, each with a higher train reward, before the alarm
+    patience: int = 3  # looks since the one to keep, each with a higher train reward, before the alarm
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -55,7 +57,7 @@ class Verdict:
     gain: float  # g_train
     believed: float  # u (2); NaN while nothing is known of the first slope
     gap: float  # (3)
-    following: tuple[str, ...]  # held-out rewards that rose with the train reward at first
+    following: tuple[str, ...]  # held-out rewards that rose with the train reward at first (s_k > 0)
     worth: tuple[float, ...]  # (4) at each look; zeros while nothing is known
 
 
@@ -72,8 +74,7 @@ def judge(
 
     Returns:
         No alarm while the train reward has not risen significantly; the look to keep is then that of the best held-out
-        rewards. Where it has risen and no held-out reward with it, the alarm, with look 0 to keep. Samples with a score
-        that is not finite, in any look, are left out.
+        rewards. Samples with a score that is not finite, in any look, are left out.
 
     Raises:
         ValueError: if there is no held-out reward, the shapes differ, or fewer than two prompts are finite.
@@ -81,26 +82,21 @@ def judge(
     rule = rule or StopRule()
     g_train, gains, groups = _gains(train, held_out, prompts)
     means = g_train.mean(dim=1)
+    g_held_out = torch.stack([g.mean(dim=1) for g in gains.values()])
     risen = [t for t in range(1, len(train)) if _over_error(g_train[t], groups) >= rule.significance]
-    nothing = (0.0,) * len(train)
     if not risen:
-        best = torch.stack([g.mean(dim=1) for g in gains.values()]).mean(dim=0)
-        return Verdict(int(best.argmax()), False, float(means[-1]), math.nan, math.nan, (), nothing)
-    first = risen[0]
-    following = tuple(k for k, g in gains.items() if _over_error(g[first], groups) >= rule.significance)
-    if not following:
-        return Verdict(0, True, float(means[-1]), 0.0, float(means[-1]), (), nothing)
-    slopes = {k: gains[k][first].mean() / means[first] for k in following}
-    u = torch.stack([gains[k] / slopes[k] for k in following]).mean(dim=0)
-    worth = u - rule.share * g_train
-    keep = int(worth.mean(dim=1).argmax())
-    since = range(keep + 1, len(train))
-    higher = [_over_error(g_train[t] - g_train[keep], groups) >= rule.significance for t in since]
-    fallen = len(higher) >= rule.patience and all(higher[-rule.patience :])
-    believed = float(u[-1].mean())
-    return Verdict(
-        keep, fallen, float(means[-1]), believed, float(means[-1]) - believed, following, tuple(worth.mean(1).tolist())
-    )
+        nothing = (0.0,) * len(train)
+        return Verdict(int(g_held_out.mean(dim=0).argmax()), False, float(means[-1]), math.nan, math.nan, (), nothing)
+    slopes = g_held_out[:, risen[0]] / means[risen[0]]
+    beliefs = torch.where(slopes[:, None] > 0, g_held_out / slopes[:, None], 0.0)
+    u = beliefs.sort(dim=0).values[: (len(gains) + 1) // 2].mean(dim=0)
+    worth = u - rule.share * means
+    keep = int(worth.argmax())
+    higher = [_over_error(g_train[t] - g_train[keep], groups) >= rule.significance for t in range(keep + 1, len(train))]
+    alarm = len(higher) >= rule.patience and all(higher[-rule.patience :])
+    following = tuple(name for name, slope in zip(gains, slopes.tolist(), strict=True) if slope > 0)
+    gain, believed = float(means[-1]), float(u[-1])
+    return Verdict(keep, alarm, gain, believed, gain - believed, following, tuple(worth.tolist()))
 
 
 def first_alarm(

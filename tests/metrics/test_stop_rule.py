@@ -51,8 +51,7 @@ def test_a_run_that_they_stop_following_is_kept_from_there_and_the_alarm_comes_a
 
 def test_the_numbers_are_those_of_the_equations():
     verdict = judge(*run(RISING, HACKED), PROMPTS, StopRule(share=0.5))
-    # s_a = .2/.4, s_b = .1/.4; at the end u = ((.46 / .5) + (.19 / .25)) / 2
-    u = (0.46 / 0.5 + 0.19 / 0.25) / 2
+    u = min(0.46 / 0.5, 0.19 / 0.25)  # s_a = .2/.4, s_b = .1/.4; the lower half of two is one
     assert verdict.gain == pytest.approx(2.0)
     assert verdict.believed == pytest.approx(u)
     assert verdict.gap == pytest.approx(2.0 - u)
@@ -68,16 +67,25 @@ def test_units_of_the_rewards_do_not_matter():
     assert other.worth == pytest.approx(mine.worth)
 
 
-def test_a_held_out_reward_that_does_not_rise_at_first_is_not_asked():
-    flat = {"flat": [0.0] * 6}
-    with_it, without = (judge(*run(RISING, held_out), PROMPTS) for held_out in (HACKED | flat, HACKED))
-    assert with_it.following == ("a", "b")
-    assert (with_it.keep, with_it.alarm) == (without.keep, without.alarm)
+def test_the_doubtful_half_decides():
+    scores = {"a": HONEST["a"], "b": HONEST["b"], "c": HACKED["a"], "d": HACKED["b"], "e": [0.1 * g for g in RISING]}
+    train, held_out = run(RISING, scores)
+    assert judge(train, held_out, PROMPTS).believed == pytest.approx((0.19 / 0.25 + 0.46 / 0.5 + 2.0) / 3)  # of five
+    few = {name: held_out[name] for name in ("a", "b", "c")}
+    assert judge(train, few, PROMPTS).believed == pytest.approx((0.46 / 0.5 + 2.0) / 2)  # of three
 
 
-def test_where_none_rises_with_the_train_reward_the_base_is_kept_and_the_alarm_raised_at_once():
+def test_a_held_out_reward_that_does_not_rise_at_first_believes_nothing():
+    falling = {"falling": [0.0, -0.1, 0.3, 0.9, 0.9, 0.9]}
+    verdict = judge(*run(RISING, {"a": HONEST["a"]} | falling), PROMPTS)
+    assert verdict.following == ("a",)
+    assert verdict.believed == 0
+    assert verdict.keep == 0
+
+
+def test_where_none_rises_with_the_train_reward_the_base_is_kept():
     alarm, verdict = first_alarm(*run(RISING, {"a": [0.0, -0.1, -0.2, -0.3, -0.4, -0.5]}), PROMPTS)
-    assert (alarm, verdict.keep, verdict.following) == (1, 0, ())
+    assert (alarm, verdict.keep, verdict.following) == (StopRule().patience, 0, ())
 
 
 def test_before_the_train_reward_has_risen_there_is_no_verdict_and_the_best_held_out_look_is_kept():
@@ -105,14 +113,10 @@ def test_samples_that_are_not_finite_are_left_out():
 
 
 def test_samples_of_one_prompt_count_as_one():
-    train, held_out = run([0.0, 0.02, 0.04], {"a": [0.0, 0.02, 0.04]})
-    once = judge(train, held_out, PROMPTS, StopRule(significance=2.4))
-    many = judge(
-        train.repeat(1, 9), {k: x.repeat(1, 9) for k, x in held_out.items()}, PROMPTS * 9, StopRule(significance=2.4)
-    )
-    assert once.following == many.following == ("a",)
-    strict = StopRule(significance=4.0)  # nine times the samples would pass this, were they independent
-    assert judge(train.repeat(1, 9)[:2], {"a": held_out["a"].repeat(1, 9)[:2]}, PROMPTS * 9, strict).following == ()
+    train, held_out = run([0.0, 0.02], {"a": [0.0, 0.02]})
+    many = train.repeat(1, 9), {"a": held_out["a"].repeat(1, 9)}, PROMPTS * 9
+    assert math.isnan(judge(*many, StopRule(significance=4.0)).believed)  # 9 times the samples would pass, independent
+    assert not math.isnan(judge(*many[:2], [f"{i}" for i in range(360)], StopRule(significance=4.0)).believed)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
