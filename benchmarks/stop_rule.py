@@ -2,9 +2,10 @@
 
     python -m benchmarks.stop_rule runs/study [MORE...]     # any folders that benchmarks.testbed_study wrote
 
-The rule and the baselines' thresholds were chosen on `CALIBRATION` (one world, one trainer) and are constants here; all
-other runs are tests. Nothing but the last column of truth sees gold. Prints tables, and writes them with every run's
-numbers to --results.
+The rule was chosen on DRaFT-1's runs of both worlds, the fixed update and the KL threshold on its plain runs of
+`fashion`; all are constants here, and the runs of other trainers are tests. Only what judges them sees gold. The KL
+baseline needs `python -m benchmarks.kl_distance` on runs with kept weights, and is left out for others. Prints tables,
+and writes them with every run's numbers to --results.
 
 Truth: a run is hacked from the first look after its best gold at which gold is lower by more than two standard errors,
 paired by sample. Regret: best gold minus gold at the look that was kept. An alarm at a run that is never hacked, or
@@ -28,8 +29,9 @@ from torch import Tensor
 from benchmarks.testbed_study import trainer_and_method
 from rsaft.metrics.stop_rule import StopRule, first_alarm
 
-CALIBRATION = ("fashion", "draft")
-FIXED = 2  # look: update 50, the best fixed one on the calibration runs
+CALIBRATION = "draft"  # the trainer whose runs the rule was chosen on
+FIXED = 2  # look: update 50, the best fixed one on fashion's plain runs
+KL = 0.12  # D (rsaft/rdrl/kl.py, Eq. 1) at that look, its mean over those runs
 GOLD = "held_out/gold"
 
 
@@ -44,6 +46,7 @@ class Looks:
     steps: list[int]
     scores: dict[str, Tensor]
     prompts: list[str]
+    kl: list[float] | None  # D at each look
 
     @property
     def held_out(self) -> dict[str, Tensor]:
@@ -79,9 +82,10 @@ def read(study: Path) -> list[Looks]:
         keys = [k for k in records[0]["scores"] if k.startswith(("reward/train", "held_out/"))]
         scores = {k: torch.tensor([r["scores"][k] for r in records], dtype=torch.float64) for k in keys}
         steps = [int(r["step"]) for r in records]
-        found.append(
-            Looks(folder.parent.parent.name, trainer, method, int(match[2]), steps, scores, records[0]["prompts"])
-        )
+        kl = json.loads((folder / "kl.json").read_text()) if (folder / "kl.json").exists() else None
+        distances = None if kl is None else [kl[str(step)] for step in steps]
+        world, prompts = folder.parent.parent.name, records[0]["prompts"]
+        found.append(Looks(world, trainer, method, int(match[2]), steps, scores, prompts, distances))
     return found
 
 
@@ -113,7 +117,14 @@ def best_mean(run: Looks) -> int:
     return int(torch.stack(gains).mean(dim=0).argmax())
 
 
-BASELINES: dict[str, Callable[[Looks], int]] = {
+def below_kl(run: Looks) -> int | None:
+    """The last look before D first exceeds its threshold."""
+    if run.kl is None:
+        return None
+    return next((t - 1 for t, d in enumerate(run.kl) if d > KL), len(run.kl) - 1)
+
+
+BASELINES: dict[str, Callable[[Looks], int | None]] = {
     "last checkpoint": lambda run: len(run.steps) - 1,
     "update 50": lambda run: FIXED,
     "best train reward": best_of("reward/train"),
@@ -121,11 +132,15 @@ BASELINES: dict[str, Callable[[Looks], int]] = {
     "best held-out vit": best_of("held_out/vit"),
     "best held-out mixer": best_of("held_out/mixer"),
     "best mean of held-out": best_mean,
+    "KL below .12": below_kl,
     "the base model": lambda run: 0,
 }
 
 
-def regret(run: Looks, look: int) -> float:
+def regret(run: Looks, look: int | None) -> float:
+    """Best gold minus gold there; NaN without a look."""
+    if look is None:
+        return math.nan
     means = run.gold.mean(dim=1)
     return float(means.max() - means[look])
 
@@ -135,13 +150,12 @@ def median(values: Sequence[float]) -> float:
 
 
 def groups(runs: Sequence[Looks]) -> dict[str, list[Looks]]:
-    """The calibration runs (plain), the same trainer's other methods, other trainers, the other world's."""
+    """Plain runs and others, by world and trainer; first the trainer that the rule was chosen on."""
     found: dict[str, list[Looks]] = defaultdict(list)
     for run in runs:
-        where = (run.world, run.trainer)
-        plain = "plain" if run.method == "plain" else "others"
-        mine = f"{run.world}, {run.trainer}, {plain}"
-        found[f"{mine} (calibration)" if where == CALIBRATION and run.method == "plain" else mine].append(run)
+        what = "plain" if run.method == "plain" else "others"
+        known = " (calibration)" if run.trainer == CALIBRATION else ""
+        found[f"{run.trainer}, {run.world}, {what}{known}"].append(run)
     return dict(sorted(found.items(), key=lambda item: ("calibration" not in item[0], item[0])))
 
 
@@ -156,10 +170,16 @@ def regret_table(by_group: dict[str, list[Looks]]) -> list[str]:
         gain, spread = (median([getattr(truth(run), what) for run in runs]) for what in ("gain", "spread"))
         own = median([regret(run, rule_of_the_gauge(run)[0]) for run in runs])
         share = f"{own / gain:.0%} of the gain" if gain > 0.01 else f"{own / spread:.0%} of the spread"
-        cells = [f"{median([regret(run, pick(run)) for run in runs]):.3f}" for pick in BASELINES.values()]
+        cells = [_shown([regret(run, pick(run)) for run in runs]) for pick in BASELINES.values()]
         golds = f"{median(means[:, 0].tolist()):.3f}, {median(best):.3f}, {median(means[:, 1].tolist()):.3f}"
         rows.append(f"| {name} | {len(runs)} | {golds} | **{own:.3f}** ({share}) | " + " | ".join(cells) + " |")
     return rows
+
+
+def _shown(regrets: Sequence[float]) -> str:
+    known = [r for r in regrets if not math.isnan(r)]
+    of = "" if len(known) == len(regrets) else f" ({len(known)} runs)"
+    return f"{median(known):.3f}{of}" if known else "–"
 
 
 def alarm_table(by_group: dict[str, list[Looks]]) -> list[str]:

@@ -192,16 +192,17 @@ def run_cell(
         cell["update_seconds_median"] = sorted(timing)[len(timing) // 2]
     cell |= {"wall_seconds": time.monotonic() - begun, "cpu_seconds": time.process_time() - cpu}
     if keep_weights and power is None:
-        move_weights(run)
+        move_weights(run, s.eval_every)
     write_atomic(result, json.dumps(cell, indent=1).encode())
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # with the optimizer, three times the weights
 
 
-def move_weights(run: Path) -> None:
-    """Move the weights out of the run's checkpoints: `weights/step-XXXXXX.safetensors`, keys as in `Optimization`."""
+def move_weights(run: Path, every: int) -> None:
+    """Move the weights at every evaluation out of the run's checkpoints, to `weights/step-XXXXXX.safetensors`."""
     (run / "weights").mkdir(exist_ok=True)
     for checkpoint in list_checkpoints(run / "checkpoints"):
-        (checkpoint / "weights.safetensors").rename(run / "weights" / f"{checkpoint.name}.safetensors")
+        if int(checkpoint.name.removeprefix("step-")) % every == 0:  # others are from stops
+            (checkpoint / "weights.safetensors").rename(run / "weights" / f"{checkpoint.name}.safetensors")
 
 
 def annealed_scores(bed: testbed.Testbed, power: float, weights: Path, s: Settings, seed: int) -> dict[str, Any]:
