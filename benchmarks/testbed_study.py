@@ -187,7 +187,8 @@ def run_cell(
         fitted = trainer(bed, algorithm, step, s, seed, run, gate).fit(resume=True)
         if fitted.signal is not None:  # stopped: the checkpoint stays, and the same command goes on from it
             raise SystemExit(128 + fitted.signal)
-        timing = [json.loads(line)["seconds"] for line in (run / "timing.jsonl").read_text().splitlines()]
+        records = map(json.loads, (run / "timing.jsonl").read_text().splitlines())
+        timing = [record["seconds"] for record in records if "seconds" in record]
         cell |= {"evaluations": list(fitted.evaluations), "gold_standard_error": gold_errors(run)}
         cell["update_seconds_median"] = sorted(timing)[len(timing) // 2]
     cell |= {"wall_seconds": time.monotonic() - begun, "cpu_seconds": time.process_time() - cpu}

@@ -293,6 +293,13 @@ def _finish(result: RunResult) -> None:
         sys.exit(128 + result.signal)
     if result.reading is not None and result.reading.alarm:
         _say(result.reading.sentence)
+    from rsaft.rdrl.run_result import evaluation_share
+
+    share = evaluation_share(result.run_dir) or 0.0
+    _say(
+        f"evaluations and the gauge: {share:.0%} of the time"
+        + ("; a larger train.eval_every or fewer train.eval_samples cost less" if share > 0.1 else "")
+    )
     _say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
 
 

@@ -142,6 +142,11 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.corrcoef(columns)[0, 1])
 
 
+def have_one_train_reward(runs: Sequence[Run]) -> bool:
+    """Whether the runs train on the same rewards, so that one axis holds them all."""
+    return len({tuple(run.keys("reward/")) for run in runs}) == 1
+
+
 def common_steps(runs: Sequence[Run]) -> list[int]:
     """Updates at which every run was evaluated.
 
@@ -176,8 +181,7 @@ def _by_sample(run: Run, step: int, keys: Sequence[str]) -> dict[tuple[str, int]
 
 
 def _levels(runs: Sequence[Run]) -> tuple[list[float], list[str]]:
-    rewards = {tuple(run.keys("reward/")) for run in runs}
-    if len(rewards) > 1:
+    if not have_one_train_reward(runs):
         return [], ["The runs train on different rewards, so there is no train reward at which they could be matched."]
     levels = common_levels([train_reward(run) for run in runs], count=NUM_LEVELS)
     return levels, [] if levels else ["There is no train reward that every run starts below and reaches."]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from rsaft.metrics.comparison import JDR, UPDATE, Comparison, Correlation, Row
-from rsaft.metrics.records import GOLD, number
+from rsaft.metrics.comparison import JDR, TRAIN, UPDATE, Comparison, Correlation, Row, have_one_train_reward
+from rsaft.metrics.figures import NUM_SLOTS, Line, chart, reward_plane
+from rsaft.metrics.gauge_panel import verdict
+from rsaft.metrics.pages import templates
+from rsaft.metrics.records import GOLD, differing, number, truth
+from rsaft.metrics.sample_tiles import sample_table
 
 Table = list[list[str]]  # the first row is the head
 
@@ -70,13 +71,56 @@ def markdown(found: Comparison) -> str:
 
 def html(found: Comparison) -> str:
     """The page, self-contained."""
-    template = resources.files("rsaft.metrics").joinpath("templates/compare.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
-        groups=[{"name": g.name, "runs": _runs(list(g.runs))} for g in found.groups],
+    seeds = [min(g.runs) for g in found.groups]  # of the run that stands for its group
+    chosen = [g.runs[seed] for g, seed in zip(found.groups, seeds, strict=True)]
+    slots = [i % NUM_SLOTS for i, _ in enumerate(found.groups)]
+    page = templates().get_template("compare.html")
+    return page.render(
+        groups=[
+            {"name": g.name, "slot": slot, "runs": _runs(list(g.runs))}
+            for g, slot in zip(found.groups, slots, strict=True)
+        ],
         tables=tables(found),
         notes=notes(found),
+        charts=charts(found),
+        verdicts=verdicts(found),
+        samples=sample_table(chosen),
+        seeds=seeds,
+        differing=[row for row in differing([run.config for run in chosen]) if row["key"] != "train.seed"],
     )
+
+
+def charts(found: Comparison) -> list[dict[str, Any]]:
+    """Truth against train reward, where all runs have the same; then train reward and held-out rewards by update.
+
+    One line a run, in the colour of its group.
+    """
+    runs = [(slot, seed, run) for slot, g in enumerate(found.groups) for seed, run in sorted(g.runs.items())]
+    held_out = [key for key in found.columns if key.startswith("held_out/")]
+    everything = [run for _, _, run in runs]
+    is_one_reward = have_one_train_reward(everything)
+    result = []
+    if is_one_reward:
+        name = "gold" if GOLD in held_out else "mean held-out reward"
+        truths = [truth(run, held_out) for run in everything]
+        plane = reward_plane(everything, [slot for slot, _, _ in runs], truths, name)
+        if plane:
+            result.append({"label": f"{name} against train reward", "note": "higher: less hacking", "svg": plane})
+    captions = {
+        TRAIN: "" if is_one_reward else "not the same reward in all runs",
+        **dict.fromkeys(held_out, "held out"),
+    }
+    curves = [(slot, found.curves[found.groups[slot].name][seed]) for slot, seed, _ in runs]
+    for i, key in enumerate(key for key in found.columns if key in captions):
+        lines = [Line(slot, columns[UPDATE], columns[key]) for slot, columns in curves]
+        result.append(chart(f"chart-{i}", lines, _title(key), captions[key]))
+    return result
+
+
+def verdicts(found: Comparison) -> list[str]:
+    """What the gauge says of each run that had one, by group and seed."""
+    said = {f"{g.name}, seed {seed}": verdict(run) for g in found.groups for seed, run in sorted(g.runs.items())}
+    return [f"{name}: {text}" for name, text in said.items() if text]
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
+from rsaft.metrics.records import Run, train_reward
+
 NUM_SLOTS = 8  # colours of the style sheet; runs beyond these take them again
 MARKERS = "os^Dv<>p"
 TILE = 256  # px; larger tiles are shrunk, and stored as JPEG
@@ -73,6 +75,30 @@ def chart(name: str, lines: Sequence[Line], label: str, note: str) -> dict[str, 
     """A captioned chart against updates, for a page's template."""
     svg = line_chart(name, lines, x_label="update", y_label="", title=f"{label} against update")
     return {"label": label, "note": note, "svg": Markup(svg)}  # our own drawing, its texts escaped
+
+
+def reward_plane(
+    runs: Sequence[Run], slots: Sequence[int], truths: Sequence[Sequence[float]], truth_name: str
+) -> Markup | None:
+    """Truth against train reward: the higher curve buys the same reward with less hacking. None without any point.
+
+    Args:
+        runs: one line each.
+        slots: colour of each run; the last update stands beside a line that has a colour of its own.
+        truths: of each run, a value for each evaluation.
+        truth_name: what that is.
+    """
+    lines = []
+    for run, slot, y in zip(runs, slots, truths, strict=True):
+        x = train_reward(run)
+        good = [i for i in range(len(x)) if math.isfinite(x[i]) and math.isfinite(y[i])]
+        if good:
+            end = (len(good) - 1, f"update {run.evals[good[-1]]['step']}")
+            notes = (end,) if list(slots).count(slot) == 1 else ()
+            lines.append(Line(slot, [x[i] for i in good], [y[i] for i in good], notes=notes))
+    title = f"{truth_name} against train reward"
+    svg = line_chart("plane", lines, x_label="train reward", y_label=truth_name, title=title)
+    return Markup(svg) if lines else None
 
 
 def tiles(path: Path) -> list[Image.Image]:

@@ -78,9 +78,9 @@ def train_reward(run: Run) -> list[float]:
     return [math.fsum(row) / len(row) for row in zip(*columns, strict=True)] if columns else [math.nan] * len(run.evals)
 
 
-def truth(run: Run) -> list[float]:
-    """Gold at each evaluation; the mean of the held-out rewards in a run without gold."""
-    held_out = run.keys("held_out/")
+def truth(run: Run, held_out: Sequence[str] | None = None) -> list[float]:
+    """Gold at each evaluation, or the mean of the held-out rewards without it; of these keys, or all of the run's."""
+    held_out = run.keys("held_out/") if held_out is None else held_out
     columns = [curve(run.evals, key)[1] for key in ([GOLD] if GOLD in held_out else held_out)]
     return [math.fsum(row) / len(row) for row in zip(*columns, strict=True)] if columns else [math.nan] * len(run.evals)
 
@@ -107,6 +107,18 @@ def flat(tree: Any, prefix: str = "") -> dict[str, str]:
         nested = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items()]
         return {key: value for part in nested for key, value in part.items()}
     return {prefix or "value": tree if isinstance(tree, str) else json.dumps(tree, default=str)}
+
+
+def side_by_side(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a table of settings: key, and the printed value in each tree, with a dash where there is none."""
+    columns = [flat(tree) if tree else {} for tree in trees]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    return [{"key": key, "values": [column.get(key, "–") for column in columns]} for key in keys]
+
+
+def differing(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `side_by_side` whose values are not all equal."""
+    return [row for row in side_by_side(trees) if len(set(row["values"])) > 1]
 
 
 def number(value: Any) -> float:

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from rsaft.errors import ConfigError
 from rsaft.files import write_atomic
-from rsaft.metrics.figures import NUM_SLOTS, Line, chart, data_uri, line_chart, tiles
+from rsaft.metrics.figures import NUM_SLOTS, Line, chart, reward_plane
 from rsaft.metrics.gauge_panel import gauge_panel
 from rsaft.metrics.matched import at_matched_reward, common_levels, first_crossing, mean_interval
+from rsaft.metrics.pages import templates
 from rsaft.metrics.records import (
     GOLD,
     Run,
     all_keys,
     by_prompt,
     curve,
-    flat,
+    differing,
     number,
     read_run,
     scores,
+    side_by_side,
     train_reward,
     truth,
 )
+from rsaft.metrics.sample_tiles import sample_table
 
-MAX_PROMPTS = 16  # rows of the sample table
 RESAMPLES = 2_000  # of each interval in the page
 
 
@@ -58,24 +57,24 @@ def write_report(runs: Sequence[Path], out: Path, *, title: str) -> Path:
         raise ConfigError("report: name at least one run directory.")
     found = [read_run(Path(run)) for run in runs]
     names = _names(found)
-    template = resources.files("rsaft.metrics").joinpath("templates/report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=shown, signed=signed)
-    page = environment.from_string(template).render(
+    truth_name = "gold" if any(GOLD in run.keys(GOLD) for run in found) else "mean held-out reward"
+    pages = templates()
+    pages.filters.update(number=shown, signed=signed)
+    page = pages.get_template("report.html").render(
         title=title,
         runs=[{"name": name, "slot": i % NUM_SLOTS, "extent": _extent(found[i])} for i, name in enumerate(names)],
-        truth_name=_truth_name(found),
+        truth_name=truth_name,
         quantities=[_quantity(found, key) for key in all_keys(found, ("reward/", "held_out/"))],
         matched=matched_table(found),
-        plane=_plane(found),
+        plane=reward_plane(found, range(len(found)), [truth(run) for run in found], truth_name),
         charts=_charts(found),
         gauge=gauge_panel(found),
         parts=_part_charts(found),
-        samples=_samples(found),
-        differing=_differing(found),
+        samples=sample_table(found),
+        differing=differing([run.config for run in found]),
         nonfinite=[_nonfinite(run) for run in found],
-        environment=_table([flat(run.environment) if run.environment else {} for run in found]),
-        settings=_table([flat(run.config) if run.config else {} for run in found]),
+        environment=side_by_side([run.environment for run in found]),
+        settings=side_by_side([run.config for run in found]),
     )
     write_atomic(Path(out), page.encode("utf-8"))
     return Path(out)
@@ -135,10 +134,6 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def _truth_name(runs: Sequence[Run]) -> str:
-    return "gold" if any(GOLD in run.keys(GOLD) for run in runs) else "mean held-out reward"
-
-
 def _label(key: str) -> str:
     kind, _, name = key.partition("/")
     if key == GOLD:
@@ -192,20 +187,6 @@ def _part_charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [chart(f"part-{i}", line, _label(key), "") for i, (key, line) in enumerate(zip(keys, lines, strict=True))]
 
 
-def _plane(runs: Sequence[Run]) -> Markup | None:
-    """Truth against train reward: the higher curve buys the same reward with less hacking."""
-    lines = []
-    for slot, run in enumerate(runs):
-        x, y = train_reward(run), truth(run)
-        good = [i for i in range(len(x)) if math.isfinite(x[i]) and math.isfinite(y[i])]
-        if good:
-            notes = ((len(good) - 1, f"update {run.evals[good[-1]]['step']}"),)
-            lines.append(Line(slot, [x[i] for i in good], [y[i] for i in good], notes=notes))
-    name = _truth_name(runs)
-    svg = line_chart("plane", lines, x_label="train reward", y_label=name, title=f"{name} against train reward")
-    return Markup(svg) if lines else None
-
-
 def _bands(run: Run, key: str) -> tuple[list[float], list[float]]:
     """The 95 % interval of each evaluation's mean over prompts; NaN without samples."""
     edges = []
@@ -214,61 +195,6 @@ def _bands(run: Run, key: str) -> tuple[list[float], list[float]]:
         values = torch.tensor(list(means.values()), dtype=torch.float64)
         edges.append(mean_interval(values, seed=0, resamples=RESAMPLES) if means else (math.nan,) * 3)
     return [low for _, low, _ in edges], [high for _, _, high in edges]
-
-
-def _samples(runs: Sequence[Run]) -> dict[str, Any]:
-    """Tiles by prompt (rows), time (column groups) and run (columns)."""
-    picked = [_start_middle_end(sorted(run.grids)) for run in runs]
-    times = [name for i, name in enumerate(("start", "middle", "end")) if any(len(steps) > i for steps in picked)]
-    columns: list[dict[str, Any]] = []
-    for i, _ in enumerate(times):
-        for slot, (run, steps) in enumerate(zip(runs, picked, strict=True)):
-            step = steps[i] if i < len(steps) else None
-            columns.append({"slot": slot % NUM_SLOTS, "step": step, "cells": _cells(run, step)})
-    texts = [[cell["prompt"] for cell in column["cells"] if cell["prompt"]] for column in columns]
-    longest: list[str] = max(texts, key=len, default=[])
-    height = min(MAX_PROMPTS, max((len(column["cells"]) for column in columns), default=0))
-    rows = [
-        {
-            "prompt": longest[k] if k < len(longest) else "",
-            "cells": [column["cells"][k] if k < len(column["cells"]) else None for column in columns],
-        }
-        for k in range(height)
-    ]
-    return {"times": times, "columns": columns, "rows": rows}
-
-
-def _start_middle_end(steps: Sequence[int]) -> list[int]:
-    if len(steps) < 3:
-        return list(steps)
-    middle = min(steps[1:-1], key=lambda step: abs(step - (steps[0] + steps[-1]) / 2))
-    return [steps[0], middle, steps[-1]]
-
-
-def _cells(run: Run, step: int | None) -> list[dict[str, Any]]:
-    if step is None:
-        return []
-    sample = run.samples.get(step, {})
-    prompts, gold = sample.get("prompts", []), sample.get("scores", {}).get(GOLD, [])
-    return [
-        {
-            "uri": data_uri(tile),
-            "is_pixel_art": max(tile.size) <= 64,
-            "prompt": prompts[k] if k < len(prompts) else "",
-            "gold": number(gold[k]) if k < len(gold) else None,
-        }
-        for k, tile in enumerate(tiles(run.grids[step])[:MAX_PROMPTS])
-    ]
-
-
-def _differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    rows = _table([flat(run.config) if run.config else {} for run in runs])
-    return [row for row in rows if len(set(row["values"])) > 1]
-
-
-def _table(columns: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    keys = dict.fromkeys(key for column in columns for key in column)
-    return [{"key": key, "values": [column.get(key, "–") for column in columns]} for key in keys]
 
 
 def _nonfinite(run: Run) -> dict[str, int]:

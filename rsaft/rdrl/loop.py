@@ -199,6 +199,7 @@ class Trainer:
 
     def _evaluate(self, done: int, files: RunFiles | None) -> dict[str, float]:
         """Score fixed prompts and noises with the averaged weights; log, and save the grid."""
+        begun = time.monotonic()
         c, world, rank = self.config, distributed.world_size(), distributed.rank()
         per = -(-c.eval_samples // world)
         with self.optimization.averaged():
@@ -222,6 +223,7 @@ class Trainer:
         self._evaluations.append(means)
         if files is not None:
             files.evaluation(done, whole, means, grid=c.grid)
+            files.timing.write({"step": done, "evaluation_seconds": time.monotonic() - begun})
         return means
 
     def _save(self, done: int, files: RunFiles | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,3 +42,16 @@ def best_step(evaluations: Sequence[Mapping[str, float]]) -> int:
         return math.fsum(values) / len(values) if values else -math.inf
 
     return int(max(evaluations, key=mean_of)["step"]) if evaluations else 0
+
+
+def evaluation_share(run: Path) -> float | None:
+    """Share of a run's time that its evaluations took, with the gauge on them; None before the first update.
+
+    Updates and evaluations are the whole: loading and checkpoints are not counted.
+    """
+    seconds = {"seconds": 0.0, "evaluation_seconds": 0.0}
+    for line in (run / "timing.jsonl").read_text().splitlines():
+        for key, value in json.loads(line).items():
+            if key in seconds:
+                seconds[key] += value
+    return seconds["evaluation_seconds"] / sum(seconds.values()) if seconds["seconds"] else None

@@ -181,7 +181,7 @@ def summarize(runs: Sequence[Run], settings_of: Mapping[str, Mapping[str, Any]])
     for run, reward in zip(runs, rewards, strict=True):
         steps, gold = curve(run.evals, GOLD)
         matched = at_matched_reward(reward, gold, levels)
-        times = [record["seconds"] for record in _lines(run.path / "timing.jsonl")]
+        times = [record["seconds"] for record in _lines(run.path / "timing.jsonl") if "seconds" in record]
         clock = run.path / "wall.json"
         results[run.name] = {
             "gold": _start_peak_end(steps, gold),
