@@ -107,8 +107,9 @@ def rule_of_the_gauge(run: Looks) -> tuple[int, int | None]:
     return verdict.keep, alarm
 
 
-def best_of(key: str) -> Callable[[Looks], int]:
-    return lambda run: int(run.scores[key].mean(dim=1).argmax())
+def best_of(key: str) -> Callable[[Looks], int | None]:
+    """The look with the best mean score; None where a run has no such reward."""
+    return lambda run: int(run.scores[key].mean(dim=1).argmax()) if key in run.scores else None
 
 
 def best_mean(run: Looks) -> int:

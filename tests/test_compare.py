@@ -17,7 +17,9 @@ from rsaft.cli.compare import grouped, names
 from rsaft.config import build_trainer, load_config
 from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
+from rsaft.metrics.figures import data_uri, tiles
 from rsaft.metrics.records import Run, read_run
+from tests.metrics.page import assert_is_self_contained
 
 TOY = "rsaft.testbed.toy:toy_reward"
 SETTINGS: dict[str, Any] = {
@@ -98,6 +100,37 @@ def test_the_numbers_are_those_of_the_runs(runs, compare, tmp_path: Path):
     assert flat["difference"] == pytest.approx([sum(differences) / 2, min(differences), max(differences)])
     assert numbers["curves"]["step=plain"]["0"]["JDR"][0] == 0.0  # the untuned model against itself
     assert len(numbers["curves"]["step=plain"]["0"]["JDR"]) == 3
+
+
+def test_the_page_holds_curves_samples_and_settings_of_every_group(runs, compare, tmp_path: Path):
+    paths = [runs[name] for name in ("rsaft1", "plain1", "rsaft0", "plain0")]
+    for name in ("a", "b"):
+        assert compare(*paths, "--out", tmp_path / f"{name}.html")[0] == 0
+    text = (tmp_path / "a.html").read_text()
+    assert (tmp_path / "b.html").read_text() == text
+    page = assert_is_self_contained(text)
+    assert page.tags.count("svg") == 4  # gold against train reward, and both and blue against updates
+    assert page.tags.count("img") == 3 * 3 * 2  # samples, times, groups
+    assert "the run with the smallest seed (0, 0)" in " ".join(page.text.split())
+    end = [data_uri(tile) for tile in tiles(runs["rsaft0"] / "samples" / "step-000002.png")]
+    assert all(tile in page.addresses for tile in end)
+    settings = " ".join(page.text.partition("Settings that differ")[2].split())
+    assert "step.type rsaft plain" in settings
+    assert "step.rho 0.01 –" in settings
+    assert "train." not in settings  # neither what is equal nor the seed, which is no setting of a group
+
+
+def test_finished_runs_without_pictures_and_settings_still_have_a_page(runs, compare, tmp_path: Path):
+    left_out = shutil.ignore_patterns("checkpoints", "config.yaml", "samples")
+    for name in ("plain0", "rsaft0"):
+        shutil.copytree(runs[name], tmp_path / f"{name[:-1]}.seed0", ignore=left_out)
+    code, _, err = compare(tmp_path / "plain.seed0", tmp_path / "rsaft.seed0", "--out", tmp_path / "page.html")
+    assert (code, err) == (0, "")
+    page = assert_is_self_contained((tmp_path / "page.html").read_text())
+    assert page.tags.count("svg") == 4
+    assert "img" not in page.tags
+    assert "Samples" not in page.text
+    assert "Settings that differ" not in page.text
 
 
 def test_one_run_is_compared_with_its_own_start(runs, compare):
