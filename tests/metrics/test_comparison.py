@@ -1,6 +1,8 @@
 """Groups of runs with known curves: what is paired with what, what is matched, and what is said to be missing."""
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from rsaft.errors import ConfigError
 from rsaft.metrics.comparability import refuse_incomparable
 from rsaft.metrics.comparison import JCR, JDR, S1, TIES, TRAIN, UPDATE, Comparison, Group, Row, compare, pearson
-from rsaft.metrics.comparison_page import as_json, html, markdown
+from rsaft.metrics.comparison_page import as_json, charts, html, markdown, verdicts
+from rsaft.metrics.figures import NUM_SLOTS
 from rsaft.metrics.paired import compared
 from rsaft.metrics.records import GOLD, Run
 
@@ -46,11 +49,16 @@ def run(
     return Run(Path(name), name, (), tuple(evals), samples if has_samples else {}, {}, config or CONFIG, {})
 
 
+@pytest.fixture(scope="module")
+def page(two: Comparison) -> str:
+    return html(two)
+
+
 def row(found: Comparison, place: str, group: str) -> Row:
     return next(r for r in found.rows if (r.place, r.group) == (place, group))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two() -> Comparison:
     """`b` is slower by half, and its gold is higher by 0.1 and 0.3 at update 20 in the seeds that both have."""
     plain = {s: run(f"a{s}", gold=(0.4, 0.6, 0.3 + 0.1 * s)) for s in (0, 1)}
@@ -155,10 +163,11 @@ def test_one_run_without_samples_leaves_the_others_their_rates():
 
 
 def test_runs_on_different_rewards_are_matched_by_update_only():
-    other = run("other")
+    other = run("b")
     evals = tuple({k.replace("reward/proxy", "reward/other"): v for k, v in e.items()} for e in other.evals)
-    odd = Run(other.path, other.name, (), evals, other.samples, {}, other.config, {})
-    found = compare([Group("a", {0: run("a")}), Group("b", {0: odd})])
+    found = compare([Group("a", {0: run("a")}), Group("b", {0: replace(other, evals=evals)})])
+    first = charts(found)[0]
+    assert (first["label"], first["note"]) == ("train reward", "not the same reward in all runs")
     assert all(r.axis == UPDATE for r in found.rows)
     assert any("different rewards" in note for note in found.notes)
 
@@ -205,8 +214,8 @@ def test_runs_without_a_common_evaluation_are_refused():
         compare([Group("a", {0: run("a")}), Group("b", {0: run("b", steps=(0, 7, 14))})])
 
 
-def test_the_page_and_the_numbers_say_the_same(two: Comparison):
-    text, page, numbers = markdown(two), html(two), as_json(two)
+def test_the_page_and_the_numbers_say_the_same(two: Comparison, page: str):
+    text, numbers = markdown(two), as_json(two)
     assert "0.350 +- 0.050" in text  # gold of a at update 20: 0.3 and 0.4
     assert "(+0.200 [+0.100, +0.300], n=2)" in text
     assert "(+0.200 [+0.100, +0.300], n=2)" in page
@@ -215,6 +224,48 @@ def test_the_page_and_the_numbers_say_the_same(two: Comparison):
     assert numbers["curves"]["a"][0][GOLD] == [0.4, 0.6, 0.3]
 
 
-def test_names_are_escaped_on_the_page():
-    found = compare([Group("<script>x</script>", {0: run("a")})])
-    assert "<script>" not in html(found)
+def drawn(page: str, name: str, slot: int) -> int:
+    """Lines of a colour in one chart of the page."""
+    svgs = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    (svg,) = [svg for svg in svgs if f'aria-label="{name}"' in svg]
+    return len(re.findall(rf"fill: none; stroke: var\(--run-{slot}\); stroke-width: 2[;\"]", svg))
+
+
+def test_each_run_is_a_line_in_the_colour_of_its_group(page: str):
+    assert "Hacking gauge" not in page  # none of them had one
+    assert "update 20<" not in page.partition("</svg>")[0].partition("<svg")[2]  # nobody could tell whose end it is
+    for name in ("gold against train reward", "train reward against update", "gold against update"):
+        assert [drawn(page, name, slot) for slot in range(3)] == [2, 3, 0]
+
+
+def test_without_a_common_gold_the_plane_shows_the_mean_of_common_held_out_rewards():
+    other = run("other")
+    evals = tuple({k: v for k, v in e.items() if k != GOLD} for e in other.evals)
+    found = compare([Group("a", {0: run("a")}), Group("b", {0: replace(other, evals=evals)})])
+    drawings = charts(found)
+    assert "update 20<" in drawings[0]["svg"]  # each line has its own colour
+    assert [chart["label"] for chart in drawings] == [
+        "mean held-out reward against train reward",
+        "train reward",
+        "vit",
+    ]
+
+
+def test_the_gauge_has_a_line_for_each_run_that_had_one_and_names_are_escaped(two: Comparison):
+    gauge = [{"gauge/keep_step": s, "gauge/alarm": a} for s, a in ((0, 0), (10, 0), (10, 1))]
+    hacked = run("a0")
+    evals = tuple(record | more for record, more in zip(hacked.evals, gauge, strict=True))
+    found = compare([Group("<script>x</script>", {1: run("a1"), 0: replace(hacked, evals=evals)})])
+    assert verdicts(found) == ["<script>x</script>, seed 0: keep the weights of update 10; alarm at update 20"]
+    page = html(found)
+    assert "&lt;script&gt;x&lt;/script&gt;, seed 0: keep the weights of update 10; alarm at update 20</li>" in page
+    assert "<script>" not in page
+    assert verdicts(two) == []
+
+
+def test_groups_beyond_the_colours_take_them_again():
+    found = compare([Group(f"g{i}", {0: run(f"r{i}", gold=(0.4, 0.5, 0.1 * i))}) for i in range(NUM_SLOTS + 1)])
+    page = html(found)
+    assert f'<span class="key run-0"></span>g{NUM_SLOTS}' in page
+    assert f"run-{NUM_SLOTS}" not in page
+    assert [drawn(page, "vit against update", slot) for slot in (0, 1)] == [2, 1]

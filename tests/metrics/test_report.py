@@ -13,6 +13,7 @@ from rsaft.metrics.records import by_prompt, read_run, train_reward, truth
 from rsaft.metrics.report import matched_table, shown, signed
 from tests.metrics.page import Page, assert_is_self_contained
 
+
 @pytest.fixture
 def two_runs(tmp_path, write_run):
     return [write_run(tmp_path / "plain"), write_run(tmp_path / "rsaft", pace=0.85, shift=0.06)]
