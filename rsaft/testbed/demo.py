@@ -191,6 +191,7 @@ def summarize(runs: Sequence[Run], settings_of: Mapping[str, Mapping[str, Any]])
                 for key in run.keys("held_out/")
                 if key != GOLD
             },
+            "gauge": _kept(run, steps, gold),
             "gold_at_train_reward": {str(level): value for level, value in zip(levels, matched, strict=True)},
             "wall_seconds": json.loads(clock.read_text())["seconds"] if clock.is_file() else None,
             "seconds_per_update": round(statistics.median(times), 4) if times else None,
@@ -202,7 +203,7 @@ def summarize(runs: Sequence[Run], settings_of: Mapping[str, Mapping[str, Any]])
 
 def results_table(summary: Mapping[str, Any]) -> Table:
     """The summary as a person reads it."""
-    levels = summary["levels"][-2:]
+    levels = summary["levels"][-1:]
     table = Table(
         title="train reward, and gold: the truth that it stands for",
         title_justify="left",
@@ -210,7 +211,7 @@ def results_table(summary: Mapping[str, Any]) -> Table:
         padding=(0, 0, 0, 1),
     )
     table.add_column("\nrun", no_wrap=True)
-    heads = ["reward\nend", "gold\nstart", "\nbest", "at\nupdate", "\nend"]
+    heads = ["reward\nend", "gold\nstart", "\nbest", "\nend", "gauge\nkeeps"]
     for head in [*heads, *(f"at reward\n{level:g}" for level in levels), "\nseconds"]:
         table.add_column(head, justify="right", no_wrap=True)
     for name, run in summary["runs"].items():
@@ -219,13 +220,17 @@ def results_table(summary: Mapping[str, Any]) -> Table:
             name,
             shown(run["train_reward"]["end"]),
             shown(gold["start"]),
-            shown(gold["peak"]),
-            "–" if gold["peak_step"] is None else str(gold["peak_step"]),
+            _at(gold["peak"], gold["peak_step"]),
             shown(gold["end"]),
+            _at(run["gauge"]["gold"], run["gauge"]["keep_step"]),
             *(shown(run["gold_at_train_reward"][str(level)]) for level in levels),
             "–" if run["wall_seconds"] is None else f"{run['wall_seconds']:.0f}",
         )
     return table
+
+
+def _at(value: float | None, step: int | None) -> str:
+    return shown(value) if step is None else f"{shown(value)} @{step}"
 
 
 def _start_peak_end(steps: Sequence[int], values: Sequence[float]) -> dict[str, float | int | None]:
@@ -234,6 +239,18 @@ def _start_peak_end(steps: Sequence[int], values: Sequence[float]) -> dict[str, 
         return dict.fromkeys(("start", "peak", "peak_step", "end"))
     peak, step = max(points, key=lambda point: point[0])
     return {"start": points[0][0], "peak": peak, "peak_step": step, "end": points[-1][0]}
+
+
+def _kept(run: Run, steps: Sequence[int], gold: Sequence[float]) -> dict[str, float | int | None]:
+    """What the hacking gauge says, without having seen gold: the update to keep, with gold there, and its alarm."""
+    kept = [step for step in curve(run.evals, "gauge/keep_step")[1] if math.isfinite(step)]
+    alarms = [step for step, alarm in zip(*curve(run.evals, "gauge/alarm"), strict=True) if alarm == 1]
+    keep = int(kept[-1]) if kept else None
+    return {
+        "keep_step": keep,
+        "gold": dict(zip(steps, gold, strict=True)).get(keep) if keep is not None else None,
+        "alarm_step": alarms[0] if alarms else None,
+    }
 
 
 def _description(wanted: Mapping[str, Any]) -> str:
