@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from rsaft.backbones.comfyui import COMFYUI_FILE
 from rsaft.backbones.export import LORA_FILE
 from rsaft.cli import main
+from rsaft.cli.eval_source import find_target
 from rsaft.config import build_trainer, load_config
 from rsaft.rdrl.checkpoint import load_checkpoint
 
@@ -105,6 +106,29 @@ def test_an_export_is_the_checkpoints_own_adapter(export, run, tmp_path):
     export(run, "--step", 1, "--out", tmp_path / "out")
     own = run / "checkpoints" / "step-000001" / "adapter" / LORA_FILE
     assert (tmp_path / "out" / LORA_FILE).read_bytes() == own.read_bytes()
+
+
+def test_the_best_checkpoint_is_exported_and_sampled_where_asked(export, run, tmp_path, monkeypatch):
+    best = run / "checkpoints" / "best"
+    best.unlink(missing_ok=True)
+    best.symlink_to("step-000001")
+    export(run, "--best", "--out", tmp_path / "out")
+    own = run / "checkpoints" / "step-000001" / "adapter" / LORA_FILE
+    assert (tmp_path / "out" / LORA_FILE).read_bytes() == own.read_bytes()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a boot\n")
+    images = []
+    for name, which in (("best", ["--best"]), ("first", ["--step", "1"]), ("newest", [])):
+        arguments = ["sample", str(run), "--prompts", str(prompts), "--out", str(tmp_path / name), *which]
+        monkeypatch.setattr(sys, "argv", ["rsaft", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        images.append((tmp_path / name / "000000.png").read_bytes())
+    assert images[0] == images[1]
+    assert images[0] != images[2]
+    assert find_target(str(best), base=None, step=None, dtype=None).step == 1
+    best.unlink()
+    assert "has no checkpoints/best" in export(run, "--best", "--out", tmp_path / "none")[2]
 
 
 def test_every_format_is_written_and_loads(export, run, tiny_sd, tmp_path):

@@ -110,15 +110,27 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, or 50.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, help="Guidance weight; the run's, or 7.5.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    step: Annotated[int | None, typer.Option(min=0, help="Of a run's checkpoint; the newest by default.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The run's checkpoint that the gauge would keep.")] = False,
 ) -> None:
-    """Write images of a run's newest checkpoint, or of a model."""
+    """Write images of a run's checkpoint, or of a model."""
     refuse_filled(out, "out", "choose another folder")
     from rsaft.cli.samples import write_samples
 
     run = Path(source) if (Path(source) / "config.yaml").is_file() else None
     config = _config_of(run) if run is not None else None
     count = write_samples(
-        config, run, model=source, prompts=prompts, out=out, n=n, seed=seed, steps=steps, guidance=guidance, batch=batch
+        config,
+        run,
+        model=source,
+        prompts=prompts,
+        out=out,
+        n=n,
+        seed=seed,
+        step=_chosen(run, step, best),
+        steps=steps,
+        guidance=guidance,
+        batch=batch,
     )
     _say(f"{count} images in {out}, their prompts in {out / 'metadata.jsonl'}")
 
@@ -131,12 +143,13 @@ def export(
         Path | None, typer.Option(help="An empty or new folder; RUN/export/FORMAT-step-N by default.")
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="Of the checkpoint; the newest by default.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint that the gauge would keep.")] = False,
 ) -> None:
     """Write a run's trained weights for diffusers, peft or ComfyUI, and prove that they load back."""
     config = _config_of(run)
     from rsaft.cli.export import export_run
 
-    done, weights = export_run(config, run, format=format, out=out, step=step)
+    done, weights = export_run(config, run, format=format, out=out, step=_chosen(run, step, best))
     _say(f"export {done.folder} ({weights})")
     _say(f"largest difference from the trained model, reloaded: {done.difference:.3g}")
     _say(f"load it: {done.load}")
@@ -324,6 +337,17 @@ def _config_of(run: Path) -> Any:
 
     _check_run(run)
     return load_config([run / "config.yaml"], [])
+
+
+def _chosen(run: Path | None, step: int | None, best: bool) -> int | None:
+    """The step of the checkpoint that `--step` or `--best` names; None for the newest."""
+    if not best and (step is None or run is not None):
+        return step
+    if run is None or step is not None:
+        raise ConfigError("best: --best and --step each name one of a run's checkpoints; give a run, and one of them.")
+    from rsaft.rdrl.trained import best_step_of
+
+    return best_step_of(run)
 
 
 def _check_run(run: Path) -> None:

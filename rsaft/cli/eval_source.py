@@ -71,6 +71,7 @@ def find_target(source: str, *, base: str | None, step: int | None, dtype: Preci
         CheckpointError: if a checkpoint is missing or damaged.
     """
     folder = Path(source)
+    folder = folder.resolve() if folder.is_symlink() else folder  # checkpoints/best
     run = _run_of(folder)
     if run is not None:
         chosen = step_of(folder) if folder != run else step

@@ -1,4 +1,4 @@
-"""Images of a run's newest checkpoint, or of a model: numbered files, with the prompts in `metadata.jsonl` only."""
+"""Images of a run's checkpoint, or of a model: numbered files, with the prompts in `metadata.jsonl` only."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def write_samples(
     out: Path,
     n: int,
     seed: int,
+    step: int | None,
     steps: int | None,
     guidance: float | None,
     batch: int,
@@ -39,6 +40,7 @@ def write_samples(
         out: a folder, made if it is missing.
         n: images of each prompt.
         seed: of the noise.
+        step: of the run's checkpoint; the newest by default.
         steps, guidance: of the sampler; None takes the run's.
         batch: images at a time.
 
@@ -52,7 +54,7 @@ def write_samples(
     texts = [prompt for prompt in load_prompts(prompts, "eval") for _ in range(n)]
     backbone = load_model(Model(model) if config is None else config.model, seed=0)
     if run is not None:
-        load_trained(backbone, run)
+        load_trained(backbone, run, step)
     built_in = config is not None and not isinstance(config.algorithm, Custom)
     sampling = config.algorithm.sampling if config is not None and built_in else Sampling()
     if steps is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rsaft.errors import CheckpointError, ConfigError
 from rsaft.rdrl.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, load_latest
-from rsaft.rdrl.checkpoint_folder import step_of
+from rsaft.rdrl.checkpoint_folder import BEST, step_of
 from rsaft.rdrl.optimization import load_weights
 from rsaft.types import Backbone
 
@@ -31,6 +31,21 @@ def trained_checkpoint(run_dir: Path, step: int | None = None) -> Checkpoint:
     return load_checkpoint(paths[step])
 
 
+def best_step_of(run_dir: Path) -> int:
+    """Step of the checkpoint that the gauge would keep, `checkpoints/best`.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    step = step_of((run_dir / "checkpoints" / BEST).resolve())
+    if step is None or not (run_dir / "checkpoints" / BEST).exists():
+        raise ConfigError(
+            f"best: {run_dir} has no checkpoints/best, as where the gauge was off, nothing was held out, or the model "
+            "as it was loaded is best; name a step instead."
+        )
+    return step
+
+
 def put_trained(backbone: Backbone, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights (their moving average, if it has one) into a backbone of the same settings.
 
@@ -40,8 +55,13 @@ def put_trained(backbone: Backbone, checkpoint: Checkpoint) -> None:
     load_weights(backbone.parameters(), checkpoint.tensors.get("ema", checkpoint.tensors["weights"]))
 
 
-def load_trained(backbone: Backbone, run_dir: Path) -> int:
-    """Put the newest checkpoint's weights (their moving average, if it has one) into a backbone of the same settings.
+def load_trained(backbone: Backbone, run_dir: Path, step: int | None = None) -> int:
+    """Put a checkpoint's weights (their moving average, if it has one) into a backbone of the same settings.
+
+    Args:
+        backbone: as the run's config describes it.
+        run_dir: of the run.
+        step: of the checkpoint; the newest good one by default.
 
     Returns:
         The number of updates that the checkpoint holds.
@@ -49,6 +69,6 @@ def load_trained(backbone: Backbone, run_dir: Path) -> int:
     Raises:
         CheckpointError: if there is no good checkpoint, or it is of another model.
     """
-    found = trained_checkpoint(run_dir)
+    found = trained_checkpoint(run_dir, step)
     put_trained(backbone, found)
     return found.step
