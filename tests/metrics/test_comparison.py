@@ -244,6 +244,9 @@ def test_without_a_common_gold_the_plane_shows_the_mean_of_common_held_out_rewar
     found = compare([Group("a", {0: run("a")}), Group("b", {0: replace(other, evals=evals)})])
     drawings = charts(found)
     assert "update 20<" in drawings[0]["svg"]  # each line has its own colour
+    lines = re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--run-\d\); stroke-width: 2[;"]', drawings[0]["svg"])
+    assert len(lines) == 2
+    assert len(set(lines)) == 1  # both have the same curve of vit, and only one has gold
     assert [chart["label"] for chart in drawings] == [
         "mean held-out reward against train reward",
         "train reward",
