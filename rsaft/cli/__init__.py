@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsaft.cli.arguments import rank, refuse_filled, run_directory, split_settings
+from rsaft.cli.arguments import check_run, rank, refuse_filled, run_directory, say, split_settings
 from rsaft.cli.complaints import complain
 from rsaft.cli.eval import ManyRewards, evaluate
+from rsaft.cli.reading import compare, gauge, report
 from rsaft.errors import ConfigError, RsaftError, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def train(
     from rsaft.config import build_trainer
 
     folder = run_directory(run, f"{files[0].stem}-tiny" if tiny else files[0].stem)
-    _say(f"run {folder}")
+    say(f"run {folder}")
     _finish(build_trainer(config, folder).fit())
 
 
@@ -85,10 +86,10 @@ def check(settings: Settings, tiny: Tiny = False) -> None:
     For example: rsaft check configs/sdxl/draft_lv.yaml configs/overlays/rsa_ft.yaml
     """
     files, config = _config_from(settings, tiny=tiny)
-    _say(f"config   {', '.join(map(str, files))}: valid")
+    say(f"config   {', '.join(map(str, files))}: valid")
     from rsaft.cli.check import check_run
 
-    check_run(config, _say)
+    check_run(config, say)
 
 
 @app.command()
@@ -132,7 +133,7 @@ def sample(
         guidance=guidance,
         batch=batch,
     )
-    _say(f"{count} images in {out}, their prompts in {out / 'metadata.jsonl'}")
+    say(f"{count} images in {out}, their prompts in {out / 'metadata.jsonl'}")
 
 
 @app.command()
@@ -150,9 +151,9 @@ def export(
     from rsaft.cli.export import export_run
 
     done, weights = export_run(config, run, format=format, out=out, step=_chosen(run, step, best))
-    _say(f"export {done.folder} ({weights})")
-    _say(f"largest difference from the trained model, reloaded: {done.difference:.3g}")
-    _say(f"load it: {done.load}")
+    say(f"export {done.folder} ({weights})")
+    say(f"largest difference from the trained model, reloaded: {done.difference:.3g}")
+    say(f"load it: {done.load}")
 
 
 @app.command()
@@ -206,69 +207,6 @@ def list_types(
             print("All but remote have a gradient, which ReFL, DRaFT, AlignProp and DRTune need.")
 
 
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories to show side by side.")],
-    out: Annotated[Path | None, typer.Option(help="The HTML file; RUN/report.html by default.")] = None,
-) -> None:
-    """Write an HTML report of runs, side by side."""
-    for run in runs:
-        _check_run(run)
-    if out is not None and out.is_dir():
-        raise ConfigError(f"out: '{out}' is a folder, and a file is needed, as in {out / 'report.html'}.")
-    from rsaft.metrics.report import write_report
-
-    target = out if out is not None else runs[0] / "report.html"
-    write_report(runs, target, title=", ".join(run.resolve().name for run in runs))
-    _say(f"report {target}")
-
-
-@app.command()
-def gauge(
-    source: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run directory, or a folder of images.")],
-    base: Annotated[Path | None, typer.Option(help="The untuned model's images, for a folder of images.")] = None,
-    share: Annotated[float, typer.Option(help="Of the stop rule, for a run.")] = 0.5,
-    patience: Annotated[int, typer.Option(min=1, help="Of the stop rule, for a run.")] = 2,
-) -> None:
-    """Read the hacking gauge: of a run, when it began to be hacked and what to keep; of images, their statistics."""
-    from rsaft.cli.gauge import gauge_folder, gauge_run
-    from rsaft.metrics.stop_rule import StopRule
-
-    is_run = (source / "metrics.jsonl").is_file()
-    if is_run and base is not None:
-        raise ConfigError("gauge: --base is for a folder of images; a run's first evaluation is of its base.")
-    if is_run:
-        _say(gauge_run(source, StopRule(share=share, patience=patience)))
-    else:
-        _say(gauge_folder(source, base))
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Finished run directories; the first one's group comes first."),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.html|FOLDER",
-            help="Also write the page and, beside it, every number as JSON; nothing by default.",
-        ),
-    ] = None,
-) -> None:
-    """Compare runs over seeds, at the same update and at the same train reward.
-
-    Runs that differ only in train.seed are one group; each group is compared with the first, seed by seed.
-    """
-    from rsaft.cli.compare import compare_runs
-
-    text, written = compare_runs(runs, out)
-    _say(text.rstrip())
-    for path in written:
-        _say(f"wrote {path}")
-
-
 def _summary(where: str) -> str:
     """The first line of what is said of "module:Name"."""
     import importlib
@@ -279,6 +217,8 @@ def _summary(where: str) -> str:
 
 
 app.command("eval", cls=ManyRewards)(evaluate)
+for reader in (report, compare, gauge):
+    app.command()(reader)
 
 
 def main() -> None:
@@ -302,18 +242,18 @@ def main() -> None:
 def _finish(result: RunResult) -> None:
     """Say where the results are; end as a process that a signal stopped, if one did."""
     if result.signal is not None:
-        _say(f"stopped at step {result.step}; go on with: rsaft resume {result.run_dir}")
+        say(f"stopped at step {result.step}; go on with: rsaft resume {result.run_dir}")
         sys.exit(128 + result.signal)
     if result.reading is not None and result.reading.alarm:
-        _say(result.reading.sentence)
+        say(result.reading.sentence)
     from rsaft.rdrl.run_result import evaluation_share
 
     share = evaluation_share(result.run_dir) or 0.0
-    _say(
+    say(
         f"evaluations and the gauge: {share:.0%} of the time"
         + ("; a larger train.eval_every or fewer train.eval_samples cost less" if share > 0.1 else "")
     )
-    _say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
+    say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
 
 
 def _config_from(settings: list[str], *, tiny: bool) -> tuple[list[Path], RunConfig]:
@@ -335,7 +275,7 @@ def _config_from(settings: list[str], *, tiny: bool) -> tuple[list[Path], RunCon
 def _config_of(run: Path) -> Any:
     from rsaft.config import load_config
 
-    _check_run(run)
+    check_run(run)
     return load_config([run / "config.yaml"], [])
 
 
@@ -350,11 +290,6 @@ def _chosen(run: Path | None, step: int | None, best: bool) -> int | None:
     return best_step_of(run)
 
 
-def _check_run(run: Path) -> None:
-    if not (run / "config.yaml").is_file():
-        raise ConfigError(f"run '{run}': there is no run (no config.yaml) there; name a run directory.")
-
-
 def _commands() -> dict[str, str]:
     """Each command with the first line of its help."""
     commands = {}
@@ -363,8 +298,3 @@ def _commands() -> dict[str, str]:
             name = command.name or command.callback.__name__
             commands[name] = (command.callback.__doc__ or "").strip().partition("\n")[0]
     return commands
-
-
-def _say(text: str) -> None:
-    if rank() == 0:
-        print(text, flush=True)

@@ -57,3 +57,15 @@ def refuse_filled(folder: Path, option: str, way_out: str) -> None:
 def rank() -> int:
     """This process's number as torchrun gives it; 0 outside."""
     return int(os.environ.get("RANK", "0"))
+
+
+def check_run(run: Path) -> None:
+    """Raises ConfigError if there is no run directory with settings."""
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"run '{run}': there is no run (no config.yaml) there; name a run directory.")
+
+
+def say(text: str) -> None:
+    """Print it, on the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
