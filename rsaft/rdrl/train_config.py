@@ -26,7 +26,7 @@ class TrainConfig:
     shard: bool = False  # split weights, gradients, AdamW and EMA over the processes (FSDP2); without an adapter only
     ema: float | None = None  # decay of the weights' moving average, which is then evaluated and exported
     eval_every: int = 25  # updates between evaluations; the first is before any update
-    eval_samples: int = 48
+    eval_samples: int = 40
     eval_batch: int = 32
     eval_seed: int = 1_000_003  # of the evaluation's noise, the same for every run
     sharpness_rho: float | None = None  # radius of the sharpness S1 that evaluations report; None leaves it out
