@@ -12,7 +12,6 @@ from PIL import Image
 
 from rsaft.cli.gauge import gauge_folder, gauge_run
 from rsaft.errors import ConfigError
-from rsaft.metrics.stop_rule import StopRule
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
 
@@ -36,7 +35,7 @@ def write_run(run: Path, train: list[float], held_out: list[float]) -> Path:
 
 def test_a_run_without_a_gauge_of_its_own_is_read_from_its_samples(tmp_path: Path):
     run = write_run(tmp_path / "run", [0, 1, 2, 3, 4], [0, 0.5, 1.0, 1.02, 1.04])
-    *table, verdict = gauge_run(run, StopRule(patience=2)).splitlines()
+    *table, verdict = gauge_run(run, patience=2).splitlines()
     assert [int(line.split()[0]) for line in table[1:]] == [0, 10, 20, 30, 40]
     assert [line.endswith("yes") for line in table[1:]] == [False, False, False, False, True]
     assert "keep step 20" in verdict
@@ -44,13 +43,13 @@ def test_a_run_without_a_gauge_of_its_own_is_read_from_its_samples(tmp_path: Pat
 
 def test_an_honest_run_is_kept_to_its_end(tmp_path: Path):
     run = write_run(tmp_path / "run", [0, 1, 2, 3, 4], [0, 0.5, 1.0, 1.5, 2.0])
-    assert gauge_run(run, StopRule()).splitlines()[-1].endswith("keep step 40")
+    assert gauge_run(run).splitlines()[-1].endswith("keep step 40")
 
 
 def test_a_run_without_samples_is_refused(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no evaluation to read"):
-        gauge_run(tmp_path, StopRule())
+        gauge_run(tmp_path)
 
 
 def write_images(folder: Path, colour: tuple[int, int, int]) -> Path:

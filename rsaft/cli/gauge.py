@@ -19,14 +19,19 @@ from rsaft.metrics.stop_rule import StopRule
 COLUMNS = ("gain", "believed", "gap", "jdr", "jcr", "sharpness", "diversity", "drift")
 
 
-def gauge_run(run: Path, rule: StopRule) -> str:
+def gauge_run(run: Path, *, share: float | None = None, patience: int | None = None) -> str:
     """A line for each evaluation, and the verdict; also of runs that had no gauge.
+
+    `share` and `patience` take the place of the run's own, or of the defaults where it has none.
 
     Raises:
         ConfigError: if the run has no evaluation whose samples' scores are there.
         RunDirectoryError: if it is no run directory, or a file in it is damaged.
     """
-    samples = read_run(run).samples
+    found = read_run(run)
+    samples, own = found.samples, (found.config.get("gauge") or {}).get("rule") or {}
+    given = {"share": share, "patience": patience}
+    rule = StopRule(**own | {key: value for key, value in given.items() if value is not None})
     if not samples:
         raise ConfigError(f"gauge: {run} holds no samples/step-XXXXXX.json, so no evaluation to read.")
     gauge = HackingGauge(Gauge(rule=rule))

@@ -30,18 +30,17 @@ def report(
 def gauge(
     source: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run directory, or a folder of images.")],
     base: Annotated[Path | None, typer.Option(help="The untuned model's images, for a folder of images.")] = None,
-    share: Annotated[float, typer.Option(help="Of the stop rule, for a run.")] = 0.5,
-    patience: Annotated[int, typer.Option(min=1, help="Of the stop rule, for a run.")] = 2,
+    share: Annotated[float | None, typer.Option(help="Of the stop rule; the run's own by default.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Of the stop rule; the run's own by default.")] = None,
 ) -> None:
     """Read the hacking gauge: of a run, when it began to be hacked and what to keep; of images, their statistics."""
     from rsaft.cli.gauge import gauge_folder, gauge_run
-    from rsaft.metrics.stop_rule import StopRule
 
     is_run = (source / "metrics.jsonl").is_file()
     if is_run and base is not None:
         raise ConfigError("gauge: --base is for a folder of images; a run's first evaluation is of its base.")
     if is_run:
-        say(gauge_run(source, StopRule(share=share, patience=patience)))
+        say(gauge_run(source, share=share, patience=patience))
     else:
         say(gauge_folder(source, base))
 

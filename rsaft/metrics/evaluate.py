@@ -110,7 +110,8 @@ def evaluate(
         moved = images[chosen].to(backbone.device)
         for key, values in _scores(moved, judged, rewards, held_out or {}, measures or {}, sharpness_rho):
             column = columns.setdefault(key, torch.full((len(ids),), torch.nan, dtype=torch.float64))
-            column[chosen] = values.detach().to("cpu", torch.float64)
+            found = values.detach().to("cpu", torch.float64)
+            column[chosen] = torch.where(found.isfinite(), found, torch.nan)
     if objective is not None and sharpness_rho is not None and len(rewards) > 1 and columns:
         columns |= _pulls(columns, objective, tuple(rewards), texts)
     return Evaluation(columns, images, tuple(texts), tuple(ids))

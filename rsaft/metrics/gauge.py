@@ -116,44 +116,68 @@ class HackingGauge:
         self._prompts = prompts
         self._scores.append({key: x for key, x in scores.items() if key != f"held_out/{GOLD}"})
 
-    def _columns(self, prefix: str) -> dict[str, Float[Tensor, "t n"]]:
-        """Scores that every look has, by what follows the prefix."""
-        keys = [key for key in self._scores[0] if key.startswith(prefix) and all(key in s for s in self._scores)]
-        return {key.removeprefix(prefix): torch.stack([s[key].double() for s in self._scores]) for key in keys}
+    def _usable(self) -> list[int]:
+        """Looks that can be compared: with every score of the first, and half of each finite at least."""
+        rewards = [key for key in self._scores[0] if key.startswith(("reward/", "held_out/"))]
+        found = []
+        for t, scores in enumerate(self._scores):
+            columns = [scores[key] for key in rewards if key in scores]
+            if len(columns) == len(rewards) and all(2 * int(x.isfinite().sum()) >= len(x) for x in columns):
+                found.append(t)
+        return found
+
+    def _columns(self, prefix: str, looks: Sequence[int]) -> dict[str, Float[Tensor, "t n"]]:
+        """Scores that all those looks have, by what follows the prefix."""
+        chosen = [self._scores[t] for t in looks]
+        keys = [key for key in self._scores[0] if key.startswith(prefix) and all(key in s for s in chosen)]
+        return {key.removeprefix(prefix): torch.stack([s[key].double() for s in chosen]) for key in keys}
 
     def reading(self, *, weight_distance: float | None = None) -> Reading:
-        """The reading after the last look.
+        """The reading after the last look. A look that cannot be compared leaves the verdict as it was.
 
         Raises:
             ValueError: if there was none.
         """
         if not self.steps:
             raise ValueError("gauge: it has not looked at an evaluation yet; give it the base's first.")
-        step, held_out = self.steps[-1], self._columns("held_out/")
-        values = _image_values(self._columns(PREFIX))
-        values |= _reward_values(self._columns("sharpness/"), self._columns("slope/"), self.steps)
+        every, usable = range(len(self.steps)), self._usable()
+        values = _image_values(self._columns(PREFIX, every))
+        steps = [self.steps[t] for t in usable]
+        values |= _reward_values(self._columns("sharpness/", usable), self._columns("slope/", usable), steps)
         if weight_distance is not None:
             values["weight_distance"] = weight_distance
-        train = _mean_gain(self._columns("reward/"))
-        verdict = None
-        if held_out and len({p for p, good in zip(self._prompts, _finite(train, held_out), strict=True) if good}) > 1:
-            verdict = judge(train, held_out, self._prompts, self.settings.rule)
-            values |= _verdict_values(verdict, held_out)
-            values["keep_step"] = float(self.steps[verdict.keep])
+        verdict = self._verdict(usable)
+        keep = None
+        if verdict is not None:
+            values |= _verdict_values(verdict, self._columns("held_out/", usable))
+            if self.settings.stop != "off":
+                keep = steps[verdict.keep]
+                values |= {"keep_step": float(keep), "alarm": float(verdict.alarm)}
         named = {f"gauge/{name}": value for name, value in sorted(values.items()) if math.isfinite(value)}
-        keep = None if verdict is None else self.steps[verdict.keep]
-        alarm = verdict is not None and verdict.alarm and self.settings.stop != "off"
-        return Reading(step, named, keep, alarm, self.settings.stop == "stop", _sentence(keep, verdict, alarm))
+        alarm = verdict is not None and verdict.alarm and keep is not None
+        sentence = _sentence(keep, verdict, alarm)
+        return Reading(self.steps[-1], named, keep, alarm, self.settings.stop == "stop", sentence)
+
+    def _verdict(self, usable: Sequence[int]) -> Verdict | None:
+        """None without held-out rewards, without the base's evaluation, or with too few prompts."""
+        if not usable or self.steps[0] != 0 or usable[0] != 0:
+            return None
+        rewards, held_out = (
+            # A reward that is the same for all of the base's images has no unit to measure its gain in.
+            {name: x for name, x in self._columns(prefix, usable).items() if bool(_deviation(x[0]) > 0)}
+            for prefix in ("reward/", "held_out/")
+        )
+        if not rewards or not held_out:
+            return None
+        train = _mean_gain(rewards)
+        finite = torch.stack([train, *held_out.values()]).isfinite().flatten(0, 1).all(dim=0).tolist()
+        if len({p for p, good in zip(self._prompts, finite, strict=True) if good}) < 2:
+            return None
+        return judge(train, held_out, self._prompts, self.settings.rule)
 
 
 def _numbers(column: Sequence[Any]) -> list[float]:
     return [math.nan if value is None else float(value) for value in column]
-
-
-def _finite(train: Tensor, held_out: Mapping[str, Tensor]) -> list[bool]:
-    every = torch.stack([train, *held_out.values()])
-    finite: list[bool] = every.isfinite().flatten(0, 1).all(dim=0).tolist()
-    return finite
 
 
 def _mean_gain(rewards: Mapping[str, Float[Tensor, "t n"]]) -> Float[Tensor, "t n"]:
@@ -163,7 +187,7 @@ def _mean_gain(rewards: Mapping[str, Float[Tensor, "t n"]]) -> Float[Tensor, "t 
 
 def _deviation(x: Float[Tensor, " n"]) -> Tensor:
     good = x[x.isfinite()]
-    return good.std().clamp_min(1e-12) if len(good) > 1 else torch.tensor(torch.nan, dtype=x.dtype)
+    return good.std() if len(good) > 1 else torch.tensor(torch.nan, dtype=x.dtype)
 
 
 def _image_values(columns: Mapping[str, Float[Tensor, "t n"]]) -> dict[str, float]:
@@ -201,7 +225,6 @@ def _verdict_values(verdict: Verdict, held_out: Mapping[str, Float[Tensor, "t n"
         "believed": verdict.believed,
         "gap": verdict.gap,
         "worth": verdict.worth[-1],
-        "alarm": float(verdict.alarm),
     }
     now, base = (torch.stack([x[t] for x in held_out.values()], dim=1) for t in (-1, 0))
     good = now.isfinite().all(dim=1) & base.isfinite().all(dim=1)
@@ -213,7 +236,9 @@ def _verdict_values(verdict: Verdict, held_out: Mapping[str, Float[Tensor, "t n"
 
 def _sentence(keep: int | None, verdict: Verdict | None, alarm: bool) -> str:
     if verdict is None:
-        return "no held-out reward: the images' statistics alone, and no verdict"
+        return "no verdict: it needs the base's evaluation and held-out rewards of two prompts or more"
+    if keep is None:
+        return f"of a gain of {verdict.gain:.2f} the held-out rewards believe {verdict.believed:.2f}"
     if alarm and keep == 0:
         return "hacked, it seems: held-out rewards do not follow the train reward; keep the model as it was loaded"
     if alarm:

@@ -53,7 +53,7 @@ class Verdict:
     """What the rule says after the last look. Gains are in standard deviations of the base model's train reward."""
 
     keep: int  # look with the largest worth so far
-    alarm: bool  # whether worth has since fallen by more than chance
+    alarm: bool  # whether the last `patience` looks have a higher train reward, and less worth
     gain: float  # g_train
     believed: float  # u (2); NaN while nothing is known of the first slope
     gap: float  # (3)
@@ -77,7 +77,8 @@ def judge(
         rewards. Samples with a score that is not finite, in any look, are left out.
 
     Raises:
-        ValueError: if there is no held-out reward, the shapes differ, or fewer than two prompts are finite.
+        ValueError: if there is no held-out reward, the shapes differ, fewer than two prompts are finite, or a reward
+            is the same for all samples of look 0.
     """
     rule = rule or StopRule()
     g_train, gains, groups = _gains(train, held_out, prompts)
@@ -131,11 +132,14 @@ def _gains(
         raise ValueError(f"stop rule: standard errors are over prompts, so give at least 2; {len(numbers)} are finite.")
     groups = torch.tensor([numbers[p] for p in kept])
 
-    def gain(scores: Tensor) -> Tensor:
+    def gain(name: str, scores: Tensor) -> Tensor:
         x = scores[:, finite].double().cpu()
-        return (x - x[0]) / x[0].std().clamp_min(1e-12)
+        deviation = x[0].std()
+        if not deviation > 0:
+            raise ValueError(f"stop rule: {name} is the same for all samples of look 0, so gains have no unit.")
+        return (x - x[0]) / deviation
 
-    return gain(train), {k: gain(v) for k, v in held_out.items()}, groups
+    return gain("the train reward", train), {k: gain(k, v) for k, v in held_out.items()}, groups
 
 
 def _over_error(values: Float[Tensor, " n"], groups: Tensor) -> float:

@@ -60,13 +60,16 @@ def clear_leftovers(folder: Path) -> None:
 def link_best(folder: Path, step: int | None) -> None:
     """Let `best` point to that step's checkpoint; without one, as of the untuned model, there is no `best`."""
     link, target = folder / BEST, folder / f"step-{step or 0:06d}"
-    if not target.is_dir():
-        link.unlink(missing_ok=True)
-        return
     made = folder / f"{TEMPORARY}{BEST}-{os.getpid()}"
-    made.unlink(missing_ok=True)
-    made.symlink_to(target.name, target_is_directory=True)
-    made.replace(link)
+    try:
+        made.unlink(missing_ok=True)
+        if target.is_dir():
+            made.symlink_to(target.name, target_is_directory=True)
+            made.replace(link)
+        else:
+            link.unlink(missing_ok=True)
+    except OSError as error:  # a file system without links, or a folder in the way
+        warnings.warn(f"{link} could not be linked to {target.name} ({error.strerror}); the run goes on.", stacklevel=2)
 
 
 def prune(folder: Path, keep: int, written: Path, best: int | None = None) -> None:

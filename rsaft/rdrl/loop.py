@@ -148,8 +148,8 @@ class Trainer:
         trackers = Trackers(c.trackers, self.run_dir)
         with ProgressLine(done=done, total=c.steps, visible=files is not None, label=self.run_dir.name) as line:
             while True:
-                finished, better = done == c.steps, False
                 evaluated = bool(self._evaluations) and self._evaluations[-1]["step"] == done  # before it was resumed
+                finished, better = done == c.steps or (evaluated and self._gauge.stops), False
                 if (done % c.eval_every == 0 or finished) and not evaluated:
                     means = self._evaluate(done, files)
                     trackers.log(means, done)
@@ -237,6 +237,8 @@ class Trainer:
             state = self.optimization.state() | {
                 "seed": self.config.seed,
                 "batch_size": self.config.batch_size,
+                "eval_seed": self.config.eval_seed,
+                "eval_samples": self.config.eval_samples,
                 "nonfinite_in_a_row": self._nonfinite_in_a_row,
                 "evaluations": self._evaluations,
                 "eps_age": self._step_state.age if isinstance(self._step_state, KeptEps) else None,
@@ -268,8 +270,8 @@ class Trainer:
         if distributed.rank() == 0:
             for sentence in found.skipped:
                 print(sentence)
-        for name in ("seed", "batch_size"):
-            if found.state[name] != getattr(self.config, name):
+        for name in ("seed", "batch_size", "eval_seed", "eval_samples"):
+            if found.state.get(name, getattr(self.config, name)) != getattr(self.config, name):
                 raise CheckpointError(
                     f"{found.path}: the run began with train.{name} = {found.state[name]}, and now it is "
                     f"{getattr(self.config, name)}; set it back, or start a new run."
@@ -280,7 +282,7 @@ class Trainer:
             self._step_state = KeptEps(tuple(eps), found.state["eps_age"])
         self._nonfinite_in_a_row = found.state["nonfinite_in_a_row"]
         self._evaluations = list(found.state["evaluations"])
-        self._gauge.restore(found.step)
+        self._gauge.restore([int(means["step"]) for means in self._evaluations])
         return found.step
 
     def _describe(self, result: RunResult) -> None:

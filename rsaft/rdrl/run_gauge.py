@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from rsaft import distributed
 from rsaft.files import write_atomic
@@ -49,33 +51,35 @@ class RunGauge:
         """Read an evaluation, which all processes hold; give it back with the scores of its images."""
         if self.settings is None:
             return evaluation
-        found: tuple[Evaluation, Reading] | None = None
+        found: tuple[dict[str, Tensor], Reading] | None = None
         if distributed.rank() == 0:
             evaluation = self._gauge.measured(evaluation, device=device)
             if step == 0 and self._gauge.base_thumbnails is not None:
                 data = safetensors.torch.save({"thumbnails": self._gauge.base_thumbnails.contiguous()})
                 write_atomic(self._run / "samples" / THUMBNAILS, data)
-            found = evaluation, self._gauge.look(step, evaluation, weight_distance=weight_distance)
+            found = evaluation.scores, self._gauge.look(step, evaluation, weight_distance=weight_distance)
         first = distributed.gathered(found)[0]
         assert first is not None  # the first process has looked
-        evaluation, reading = first
+        scores, reading = first
         if reading.alarm and not (self.last is not None and self.last.alarm) and distributed.rank() == 0:
             _log.warning("update %d: %s", step, reading.sentence)
         self.last = reading
         if self._on_reading is not None:
             self._on_reading(reading)
-        return evaluation
+        return replace(evaluation, scores=scores)
 
-    def restore(self, step: int) -> None:
-        """Remember what the run directory holds of the evaluations up to `step`."""
+    def restore(self, steps: Sequence[int]) -> None:
+        """Remember what the run directory holds of the evaluations after these updates."""
+        self._gauge = HackingGauge(self.settings)
         if self.settings is None:
             return
         reading = None
         if distributed.rank() == 0:
             folder = self._run / "samples"
-            files = [f for f in sorted(folder.glob("step-*.json")) if int(f.stem.removeprefix("step-")) <= step]
+            files = [folder / f"step-{step:06d}.json" for step in steps]
+            there = [file for file in files if file.is_file()]
             small = folder / THUMBNAILS
             base = safetensors.torch.load_file(small)["thumbnails"] if small.is_file() else None
-            self._gauge.restore([json.loads(f.read_text()) for f in files], base)
-            reading = self._gauge.reading() if files else None
+            self._gauge.restore([json.loads(file.read_text()) for file in there], base)
+            reading = self._gauge.reading() if there else None
         self.last = distributed.gathered(reading)[0]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rsaft
+from rsaft.errors import CheckpointError
 from rsaft.metrics import Gauge, HackingGauge, Reading, StopRule, evaluate
 from rsaft.rdrl import DRaFT, WeightedSum
 from rsaft.rdrl.checkpoint import list_checkpoints
@@ -116,6 +118,36 @@ def test_a_resumed_run_reads_the_same(trainer, tmp_path: Path):
     again = trainer("again").fit(resume=True)
     assert (again.run_dir / "metrics.jsonl").read_bytes() == (whole.run_dir / "metrics.jsonl").read_bytes()
     assert again.reading == whole.reading
+
+
+def test_the_same_trainer_may_go_on(trainer):
+    whole = trainer("whole").fit()
+    run = trainer("again", steps=2)
+    run.fit()
+    run.config = replace(run.config, steps=4)
+    assert run.fit(resume=True).reading == whole.reading
+
+
+def test_a_run_that_the_alarm_ended_ends_at_once_when_it_is_resumed(trainer):
+    gauge = Gauge(stop="stop", rule=EAGER)
+    first = trainer(gauge=gauge).fit()
+    assert trainer(gauge=gauge).fit(resume=True).step == first.step
+    assert trainer(gauge=Gauge(rule=EAGER)).fit(resume=True).step == 4  # warn goes on
+
+
+def test_evaluations_of_other_samples_are_no_continuation(trainer):
+    trainer(steps=2).fit()
+    with pytest.raises(CheckpointError, match=r"train.eval_samples = 4, and now it is 6"):
+        trainer(eval_samples=6).fit(resume=True)
+
+
+def test_a_folder_in_the_place_of_the_link_does_not_end_the_run(trainer):
+    trainer(steps=2, held_out=toy_reward).fit()
+    best = trainer().run_dir / "checkpoints" / "best"
+    best.unlink()
+    best.mkdir()
+    with pytest.warns(UserWarning, match="could not be linked"):
+        assert trainer(held_out=toy_reward).fit(resume=True).step == 4
 
 
 def test_without_a_gauge_nothing_is_read(trainer):
