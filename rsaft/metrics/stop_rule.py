@@ -9,10 +9,10 @@ With gains g(t) over the untuned model, each in standard deviations of its base 
     (3)  gap(t) = g_train(t) - u(t)                what they do not believe
     (4)  worth(t) = u(t) - share * g_train(t)      keep the look where it is largest
 
-A reward that does not rise at first believes nothing (0). worth falls once the doubtful half follows with less than
-`share` of its first slope: of held-out rewards some share the train reward's error, and these must not outvote the
-others. The alarm is raised when `patience` looks in a row have a higher train reward than the look to keep, and less
-worth. How it was chosen, and what it is worth: docs/gauge.md.
+A reward that does not rise at first, by more than its standard error, believes nothing (0). worth falls once the
+doubtful half follows with less than `share` of its first slope: of held-out rewards some share the train reward's
+error, and these must not outvote the others. The alarm is raised when `patience` looks in a row have a higher train
+reward than the look to keep, and less worth. How it was chosen, and what it is worth: docs/gauge.md.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Verdict:
     gain: float  # g_train
     believed: float  # u (2); NaN while nothing is known of the first slope
     gap: float  # (3)
-    following: tuple[str, ...]  # held-out rewards that rose with the train reward at first (s_k > 0)
+    following: tuple[str, ...]  # held-out rewards that rose with the train reward at first
     worth: tuple[float, ...]  # (4) at each look; zeros while nothing is known
 
 
@@ -89,13 +89,14 @@ def judge(
         nothing = (0.0,) * len(train)
         return Verdict(int(g_held_out.mean(dim=0).argmax()), False, float(means[-1]), math.nan, math.nan, (), nothing)
     slopes = g_held_out[:, risen[0]] / means[risen[0]]
-    beliefs = torch.where(slopes[:, None] > 0, g_held_out / slopes[:, None], 0.0)
+    follows = torch.tensor([_over_error(g[risen[0]], groups) > 1 for g in gains.values()])
+    beliefs = torch.where(follows[:, None], g_held_out / slopes[:, None], 0.0)
     u = beliefs.sort(dim=0).values[: (len(gains) + 1) // 2].mean(dim=0)
     worth = u - rule.share * means
     keep = int(worth.argmax())
     higher = [_over_error(g_train[t] - g_train[keep], groups) >= rule.significance for t in range(keep + 1, len(train))]
     alarm = len(higher) >= rule.patience and all(higher[-rule.patience :])
-    following = tuple(name for name, slope in zip(gains, slopes.tolist(), strict=True) if slope > 0)
+    following = tuple(name for name, yes in zip(gains, follows.tolist(), strict=True) if yes)
     gain, believed = float(means[-1]), float(u[-1])
     return Verdict(keep, alarm, gain, believed, gain - believed, following, tuple(worth.tolist()))
 

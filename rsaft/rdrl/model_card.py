@@ -19,14 +19,14 @@ def write_model_card(
         backbone: what was trained.
         evaluations: means of each evaluation, with its "step".
         step: updates done.
-        best: step of the best held-out evaluation.
+        best: step of the evaluation whose weights to keep.
     """
     pipeline, source = backbone.family.pipeline, backbone.source
     classes = pipeline if backbone.lora is not None else f"{pipeline}, {type(backbone.network).__name__}"
     lines = [
         f"# {run.name}",
         "",
-        f"`{source}` fine-tuned with rewards by rsaft for {step} updates. Best held-out evaluation: step {best}.",
+        f"`{source}` fine-tuned with rewards by rsaft for {step} updates. The evaluation to keep: step {best}.",
         "",
         "| score | before | after |",
         "|---|---|---|",
@@ -37,7 +37,8 @@ def write_model_card(
         lines += [f"| {name} | {first[name]:.4f} | {last[name]:.4f} |" for name in names]
     lines += [
         "",
-        "A reward that rises while held-out rewards fall is being hacked: look at `report.html` first.",
+        "A reward that rises while held-out rewards fall is being hacked: look at `report.html` first. "
+        + ("" if best in (0, step) else f"`rsaft export RUN --best` takes step {best} instead of the last one."),
         "",
         "```python",
         f"from diffusers import {classes}",
