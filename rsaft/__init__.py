@@ -19,7 +19,7 @@ _HOMES = {
     "Sampling": "rsaft.sampling",
     "sample": "rsaft.sampling",
 }
-_PACKAGES = ("backbones", "errors", "flatten", "metrics", "rdrl", "rewards", "testbed", "types")
+_PACKAGES = ("backbones", "errors", "flatten", "metrics", "pareto", "rdrl", "rewards", "testbed", "types")
 
 __all__ = [*_HOMES, *_PACKAGES, "__version__"]
 

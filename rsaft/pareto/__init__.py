@@ -1,0 +1,6 @@
+"""PG-OT (Pareto Frontier-Guided Optimal Transport): frontiers of several rewards, and transport to them."""
+
+from rsaft.pareto.dominance import dominates, finite_rows, non_dominated
+from rsaft.pareto.sinkhorn import sinkhorn
+
+__all__ = ["dominates", "finite_rows", "non_dominated", "sinkhorn"]
