@@ -22,6 +22,8 @@ OVERLAY = CONFIGS / "overlays" / "rsa_ft.yaml"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("overlays", "testbed"))
 CHECKED = ("sd15-draft_lv", "sdxl-alignprop", "sd3-refl", "sd35-drtune", "flux-draft_lv")  # the others: --runslow
 SD3 = CONFIGS / "sd3" / "draft_lv.yaml"
+NO_HELD_OUT = ["held_out.pickscore=null", "held_out.image_reward=null"]
+TOY = ["rewards.hpsv2.type=rsaft.testbed.toy:toy_reward", *NO_HELD_OUT]
 
 OWN_REWARDS = """
 import torch
@@ -64,7 +66,7 @@ def test_every_shipped_run_passes_its_check_when_tiny(path: Path):
     trained = re.search(r"trained: (\d+) adapters, ([\d,]+) parameters", text)
     assert trained
     assert int(trained[1]) > 0
-    assert re.search(r"step     one sample: mine -?[\d.e-]+; loss .*, gradient norm [\d.e-]+", text)
+    assert re.search(r"step     one sample: hpsv2 -?[\d.e-]+, .*; loss .*, gradient norm [\d.e-]+", text)
     assert re.search(r"total +\d+\.\d\d +\d+\.\d\d", text)
     assert "fits: " in text
     assert lines[-1].startswith("ready")
@@ -77,11 +79,11 @@ def test_every_shipped_run_passes_its_check_when_tiny(path: Path):
         ([SD3, "prompts.train=none.txt", "--tiny"], "config.prompts.train: there is no file 'none.txt'"),
         ([SD3, "train.micro_batch=3"], "train.batch_size: 32 samples must split evenly"),
         (
-            [SD3, "model.path=tiny:sd3", "model.resolution=null", "model.lora.targets=[to_x]"],
+            [SD3, "model.path=tiny:sd3", "model.resolution=null", "model.lora.targets=[to_x]", *TOY],
             "lora.targets: no linear layer ends in one of ['to_x']; this network's layers end in [",
         ),
-        ([SD3, "model.path=none/such", "model.family=null"], "model 'none/such': no diffusers pipeline"),
-        ([SD3, "rewards.mine.type=own_bad_rewards:nothing"], "config.rewards.mine.type: 'own_bad_rewards' has no"),
+        ([SD3, "model.path=none/such", "model.family=null", *TOY], "model 'none/such': no diffusers pipeline"),
+        ([SD3, "rewards.hpsv2.type=own_bad_rewards:nothing"], "config.rewards.hpsv2.type: 'own_bad_rewards' has no"),
     ],
     ids=["config", "prompts", "split", "targets", "model", "reward"],
 )
@@ -94,13 +96,13 @@ def test_what_is_missing_is_one_sentence_and_exit_code_2(check: Callable[..., An
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("nan", "reward 'mine' gave nan for an image of"), ("detached", "reward 'mine' is not differentiable")],
+    [("nan", "reward 'hpsv2' gave nan for an image of"), ("detached", "reward 'hpsv2' is not differentiable")],
 )
 def test_a_reward_that_cannot_be_trained_on_is_one_sentence_and_exit_code_2(
     check: Callable[..., Any], name: str, sentence: str
 ):
-    tiny_model = ["model.path=tiny:sd3", "model.resolution=null", f"rewards.mine.type=own_bad_rewards:{name}"]
-    code, out, err = check(SD3, OVERLAY, *tiny_model)
+    tiny_model = ["model.path=tiny:sd3", "model.resolution=null", *NO_HELD_OUT]
+    code, out, err = check(SD3, OVERLAY, *tiny_model, f"rewards.hpsv2.type=own_bad_rewards:{name}")
     assert code == 2
     assert err.startswith(f"rsaft: {sentence}")
     assert len(err.splitlines()) == 1
