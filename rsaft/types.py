@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -95,6 +95,29 @@ class Objective(Protocol):
 
     def __call__(
         self, rewards: Float[Tensor, "b m"], names: tuple[str, ...], prompts: Sequence[str]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]: ...
+
+
+@dataclass(frozen=True)
+class Others:
+    """What the other processes sampled in the same pass: rewards without a graph, and their prompts."""
+
+    rewards: Float[Tensor, "n m"]
+    prompts: tuple[str, ...]
+
+
+@runtime_checkable
+class GroupObjective(Protocol):
+    """An objective that compares the samples of one prompt, on all processes."""
+
+    by_prompt: Literal[True]
+
+    def __call__(
+        self,
+        rewards: Float[Tensor, "b m"],
+        names: tuple[str, ...],
+        prompts: Sequence[str],
+        others: Others | None = None,
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]: ...
 
 

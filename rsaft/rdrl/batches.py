@@ -47,7 +47,15 @@ def micro_batch_ids(config: TrainConfig, *, world: int, rank: int) -> list[range
     return [range(first, first + micro) for first in range(rank * per, (rank + 1) * per, micro)]
 
 
-def batches_of(step: int, *, prompts: Sequence[str], seed: int, batch_size: int, parts: Sequence[range]) -> list[Batch]:
+def batches_of(
+    step: int,
+    *,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    parts: Sequence[range],
+    group_size: int = 1,
+) -> list[Batch]:
     """The micro-batches of update `step`: the same prompts for the same samples, however the batch is split.
 
     Args:
@@ -56,6 +64,27 @@ def batches_of(step: int, *, prompts: Sequence[str], seed: int, batch_size: int,
         seed: of the run.
         batch_size: samples of the update, over all processes.
         parts: sample ids of each micro-batch.
+        group_size: samples in a row that share a prompt; divides `batch_size`.
     """
-    rows = prompt_rows(len(prompts), seed=seed, step=step, batch_size=batch_size)
-    return [Batch(tuple(prompts[rows[i]] for i in ids), tuple(ids), step=step, seed=seed) for ids in parts]
+    rows = prompt_rows(len(prompts), seed=seed, step=step, batch_size=batch_size // group_size)
+    return [
+        Batch(tuple(prompts[rows[i // group_size]] for i in ids), tuple(ids), step=step, seed=seed) for ids in parts
+    ]
+
+
+def refuse_split_groups(config: TrainConfig, *, world: int) -> None:
+    """Refuse a batch whose groups no forward pass, or no simultaneous passes of all processes, see as a whole.
+
+    An objective by prompt compares the samples of a group with each other. They must be in memory together: within one
+    micro-batch, or, where a process has no other micro-batch, spread over processes.
+
+    Raises:
+        ConfigError: if a group is cut.
+    """
+    per = config.batch_size // world
+    micro = config.micro_batch or per
+    if micro % config.group_size and micro < per:
+        raise ConfigError(
+            f"train.micro_batch: the objective compares the {config.group_size} samples of a prompt, and micro-batches "
+            f"of {micro} cut them apart; choose a multiple of {config.group_size}, or leave micro_batch out."
+        )

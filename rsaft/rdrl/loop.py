@@ -25,7 +25,7 @@ from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.metrics.evaluate import Measure, evaluate, joined
 from rsaft.metrics.gauge import GAUGE, Gauge, Reading
 from rsaft.metrics.report import write_report
-from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list
+from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list, refuse_split_groups
 from rsaft.rdrl.checkpoint import list_checkpoints, load_latest, save_checkpoint
 from rsaft.rdrl.checkpoint_folder import link_best
 from rsaft.rdrl.model_card import write_model_card
@@ -40,7 +40,7 @@ from rsaft.rdrl.sharding import assembled, export_assembled, part_of, shard_if_a
 from rsaft.rdrl.signals import StopRequest, agreed
 from rsaft.rdrl.train_config import TrainConfig
 from rsaft.rdrl.update_record import nonfinite_sentence, update_record
-from rsaft.types import Algorithm, Objective, Reward, Step
+from rsaft.types import Algorithm, GroupObjective, Objective, Reward, Step
 
 
 class Trainer:
@@ -52,7 +52,7 @@ class Trainer:
         *,
         algorithm: Algorithm,
         rewards: Mapping[str, Reward],
-        objective: Objective,
+        objective: Objective | GroupObjective,
         step: Step = plain_step,
         prompts: Sequence[str] | str | os.PathLike[str],
         eval_prompts: Sequence[str] | str | os.PathLike[str] | None = None,
@@ -103,6 +103,8 @@ class Trainer:
         self._gauge = RunGauge(gauge, self.run_dir, on_reading)
         self._description = description
         self._parts = micro_batch_ids(self.config, world=distributed.world_size(), rank=distributed.rank())
+        if isinstance(objective, GroupObjective):
+            refuse_split_groups(self.config, world=distributed.world_size())
         shard_if_asked(self.config, backbone, algorithm, step)
         c = self.config
         self.optimization = Optimization(
@@ -171,7 +173,14 @@ class Trainer:
         """One update of the weights, from prompts to the optimizer; its record."""
         begun = time.monotonic()
         c = self.config
-        batches = batches_of(done, prompts=self.prompts, seed=c.seed, batch_size=c.batch_size, parts=self._parts)
+        batches = batches_of(
+            done,
+            prompts=self.prompts,
+            seed=c.seed,
+            batch_size=c.batch_size,
+            parts=self._parts,
+            group_size=c.group_size,
+        )
         rollouts = [self.algorithm.rollout(self.backbone, batch) for batch in batches]
         self.optimization.clear()
         output = self.step(rollouts, self.score, self.optimization.params, self._step_state)
@@ -214,7 +223,7 @@ class Trainer:
                 held_out=self.held_out,
                 measures=self.measures,
                 sharpness_rho=c.sharpness_rho,
-                objective=self.score.objective,
+                objective=None if isinstance(self.score.objective, GroupObjective) else self.score.objective,
                 rows=slice(rank * per, (rank + 1) * per),
             )
             distance = weight_distance(self.backbone)
@@ -237,6 +246,7 @@ class Trainer:
             state = self.optimization.state() | {
                 "seed": self.config.seed,
                 "batch_size": self.config.batch_size,
+                "group_size": self.config.group_size,
                 "eval_seed": self.config.eval_seed,
                 "eval_samples": self.config.eval_samples,
                 "nonfinite_in_a_row": self._nonfinite_in_a_row,
@@ -270,7 +280,7 @@ class Trainer:
         if distributed.rank() == 0:
             for sentence in found.skipped:
                 print(sentence)
-        for name in ("seed", "batch_size", "eval_seed", "eval_samples"):
+        for name in ("seed", "batch_size", "group_size", "eval_seed", "eval_samples"):
             if found.state.get(name, getattr(self.config, name)) != getattr(self.config, name):
                 raise CheckpointError(
                     f"{found.path}: the run began with train.{name} = {found.state[name]}, and now it is "

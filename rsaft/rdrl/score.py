@@ -10,8 +10,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rsaft import distributed
 from rsaft.errors import ConfigError
-from rsaft.types import Backbone, Images, Loss, Objective, Reward, Rollout, Sample, Score, StepOutput
+from rsaft.types import (
+    Backbone,
+    GroupObjective,
+    Images,
+    Loss,
+    Objective,
+    Others,
+    Reward,
+    Rollout,
+    Sample,
+    Score,
+    StepOutput,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class ImageScore:
 
     backbone: Backbone
     rewards: Mapping[str, Reward]
-    objective: Objective
+    objective: Objective | GroupObjective
     # From the rewards, which samples' penalty counts: (b, m) rewards and their names to (b,) factors. None: all.
     gate: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None
 
@@ -37,17 +50,24 @@ class ImageScore:
         valid = torch.isfinite(rewards).all(dim=1)
         detached = torch.where(torch.isfinite(rewards), rewards, torch.nan).detach()
         if bool(valid.all()):
-            losses, direction = self.objective(rewards, tuple(self.rewards), sample.prompts)
+            losses, direction = self._judged(rewards, sample.prompts)
             return Loss(losses.mean() + self._penalty(sample, detached, valid), direction, detached, valid)
         rows = valid.nonzero().flatten()
         value = view[:0].sum()  # 0 with a graph, also where the images themselves are not finite
         direction = value.to(rewards.dtype).expand(len(valid))
+        prompts = [sample.prompts[i] for i in rows.tolist()]
+        losses, part = self._judged(self._matrix(view[rows], prompts) if len(rows) else detached[:0], prompts)
         if len(rows):
-            prompts = [sample.prompts[i] for i in rows.tolist()]
-            losses, part = self.objective(self._matrix(view[rows], prompts), tuple(self.rewards), prompts)
             value = losses.sum() / len(valid) + self._penalty(sample, detached, valid)
             direction = direction.index_put((rows,), part)
         return Loss(value, direction, detached, valid)
+
+    def _judged(self, rewards: Float[Tensor, "n m"], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The objective's losses and directions. Called once a pass, on every process: by prompt it gathers."""
+        names = tuple(self.rewards)
+        if isinstance(self.objective, GroupObjective):
+            return self.objective(rewards, names, prompts, others(rewards, prompts))
+        return self.objective(rewards, names, prompts)
 
     def _penalty(self, sample: Sample, rewards: Float[Tensor, "n m"], valid: Bool[Tensor, " n"]) -> Tensor | float:
         """The sample's own term of the loss, gated, and masked like its rewards."""
@@ -79,6 +99,15 @@ class ImageScore:
                 f"reward '{used[0]}' is not differentiable: its score has no gradient, and the algorithm "
                 "backpropagates through it; keep it free of no_grad, detach, numpy and PIL, or list it under held_out."
             )
+
+
+def others(rewards: Float[Tensor, "n m"], prompts: Sequence[str]) -> Others | None:
+    """The rewards of the other processes' samples; None with one process. A collective: all processes call it."""
+    if distributed.world_size() == 1:
+        return None
+    parts = distributed.gathered((rewards.detach().cpu(), tuple(prompts)))
+    del parts[distributed.rank()]
+    return Others(torch.cat([r for r, _ in parts]).to(rewards), tuple(p for _, names in parts for p in names))
 
 
 def checked(scores: Any, name: str, images: Images) -> Float[Tensor, " b"]:

@@ -15,6 +15,7 @@ class TrainConfig:
     steps: int = 200  # updates
     seed: int = 0  # of prompts and all noise
     batch_size: int = 16  # samples of one update, over all processes
+    group_size: int = 1  # samples of one prompt in an update; they differ in their noise alone
     micro_batch: int | None = None  # samples of one forward pass on one process; None: this process's whole share
     lr: float = 2e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -39,6 +40,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = (
             "batch_size",
+            "group_size",
             "eval_every",
             "eval_samples",
             "eval_batch",
@@ -56,6 +58,11 @@ class TrainConfig:
         for name in ("lr", "micro_batch", "max_grad_norm", "sharpness_rho"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError(f"train.{name} is larger than 0; got {getattr(self, name)}.")
+        if self.batch_size % self.group_size:
+            raise ConfigError(
+                f"train.group_size: an update of {self.batch_size} samples has whole groups of one prompt, so "
+                f"group_size divides it; got {self.group_size}."
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas are decays, so 0 <= beta < 1; got {list(self.betas)}.")
         if self.ema is not None and not 0 < self.ema < 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rsaft.errors import ConfigError
-from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list
+from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list, refuse_split_groups
 from rsaft.rdrl.train_config import TrainConfig
 
 PROMPTS = [f"prompt {i}" for i in range(7)]
@@ -49,3 +49,28 @@ def test_prompts_are_a_list_or_a_file(tmp_path: Path):
 def test_an_empty_prompt_list_is_refused():
     with pytest.raises(ConfigError, match="give at least one prompt"):
         prompt_list([])
+
+
+@pytest.mark.parametrize("parts", [[range(12)], [range(6), range(6, 12)], [range(i, i + 2) for i in range(0, 12, 2)]])
+def test_the_samples_of_a_group_share_their_prompt_however_the_batch_is_split(parts: list[range]):
+    batches = batches_of(2, prompts=PROMPTS, seed=0, batch_size=12, parts=parts, group_size=3)
+    texts = [text for batch in batches for text in batch.prompts]
+    (one_each,) = batches_of(2, prompts=PROMPTS, seed=0, batch_size=4, parts=[range(4)])
+    assert texts == [text for text in one_each.prompts for _ in range(3)]
+    assert [i for batch in batches for i in batch.sample_ids] == list(range(12))
+
+
+def test_a_group_size_that_does_not_divide_the_batch_is_refused():
+    with pytest.raises(ConfigError, match="group_size divides it; got 5"):
+        TrainConfig(batch_size=12, group_size=5)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, None), (1, 4), (1, 8), (2, None), (4, None), (2, 4), (4, 4)])
+def test_groups_may_be_spread_over_processes_but_not_over_micro_batches(world: int, micro: int | None):
+    refuse_split_groups(TrainConfig(batch_size=16, group_size=4, micro_batch=micro), world=world)
+
+
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 2), (1, 1)])
+def test_groups_that_micro_batches_cut_apart_are_refused(world: int, micro: int):
+    with pytest.raises(ConfigError, match=f"micro-batches of {micro} cut them apart; choose a multiple of 4"):
+        refuse_split_groups(TrainConfig(batch_size=16, group_size=4, micro_batch=micro), world=world)
