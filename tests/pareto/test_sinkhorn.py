@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rsaft.pareto import sinkhorn
+from rsaft.pareto.sinkhorn import _annealed
 from tests.reference import pareto as reference
 
 TIGHT = 1e-12  # marginal error at which plans are compared to 1e-9
@@ -140,6 +141,18 @@ def test_rows_sum_to_a_and_columns_to_b(dtype: torch.dtype, bound: float, reg: f
     assert error(plan.double(), a, b) < bound
 
 
+@pytest.mark.parametrize("reg", [0.2, 0.05, 0.01])
+def test_a_device_without_float64_gets_the_plan_to_float32s_precision(reg: float):
+    c = costs(16, 24, 50)
+    log_k = -c / (reg * c.mean((1, 2), keepdim=True))
+    a, b = weights(16, 24, seed=5), weights(16, 50, seed=6)
+    plan, left = _annealed(log_k.float(), a[:, None].float(), b[:, None].float(), 5e-6, 10_000)
+    assert plan.dtype == torch.float32
+    assert error(plan.double(), a, b) < 6e-6
+    assert left.max() < 5e-6
+    torch.testing.assert_close(plan.double(), sinkhorn(c, a, b, reg, tol=TIGHT), atol=5e-6, rtol=0)
+
+
 def test_permuting_targets_permutes_columns_and_samples_rows():
     c = costs()
     rows, columns = torch.randperm(6), torch.randperm(9)
@@ -198,7 +211,7 @@ def test_padding_has_no_part_in_the_mean_cost():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_solved_in_float32(dtype: torch.dtype):
+def test_costs_in_half_precision_give_a_plan_in_float32(dtype: torch.dtype):
     c = costs().to(dtype)
     plan = sinkhorn(c)
     assert plan.dtype == torch.float32
