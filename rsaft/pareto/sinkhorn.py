@@ -35,7 +35,7 @@ def sinkhorn(
 
     Sweeps are matrix products with a kernel that has the potentials absorbed, so nothing under- or overflows. Every
     ten sweeps the potentials are extrapolated (Anderson's mixing); an extrapolation that lowers the dual value is taken
-    back. Costs O(P n m) a sweep and three matrices of memory; 30 to 60 sweeps at reg 0.05, 60 to 200 at 0.01, thousands
+    back. Costs O(P n m) a sweep and three matrices of memory; 30 to 60 sweeps at reg 0.05, hundreds at 0.01, thousands
     at 0.001, and more where a few costs are far larger than the others.
 
     Args:
