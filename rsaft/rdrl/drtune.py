@@ -12,13 +12,15 @@ Without early stop, (3) is the last step of (2) and the reward sees the final la
 
     (4)  dL / dtheta = sum_{i in S} c_i < g, du_i / dtheta >,   c_i = s_{i+1} - s_i, or -s_t for i = t
 
-K vector-Jacobian products that do not depend on each other: the backend "vjp" computes one after the other, in the
-memory of one. The backend "graph" keeps all K network calls. They agree to rounding.
+K vector-Jacobian products that do not depend on each other: the backend "vjp" computes one after the other, with the
+activations of one, and adds them up in one set of gradients. The backend "graph" keeps all K network calls. They agree
+to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,13 +41,17 @@ class DRTune:
 
     Cost for each sample of a batch that stops at step t, after n = t + 1 denoiser calls: n - K of them without
     gradient, and 1 decode and 1 reward with gradient. backend "vjp": the K training steps without gradient, and again
-    with gradient in the backward pass, one at a time (memory of K = 1). "graph": the K training steps with gradient
-    at once (again in the backward pass with gradient checkpointing).
+    with gradient in the backward pass, one at a time. "graph": the K training steps with gradient at once (again in the
+    backward pass with gradient checkpointing).
+
+    Memory of "vjp": the activations of K = 1. From K = 2 on the sum of the products so far is alive beside them: one
+    set of trainable gradients, whatever K is. For an adapter that is nothing; for a whole network it shows where its
+    calls, and not decoder and optimizer, make the peak (docs/decisions.md has figures).
     """
 
     k: int = 5  # training steps K
     early_stop: int | None = None  # m: stop at one of the last m steps; null: 0.4 of the steps; 0: do not stop early
-    backend: Literal["vjp", "graph"] = "vjp"  # "vjp": constant memory and K more calls; "graph": memory grows with K
+    backend: Literal["vjp", "graph"] = "vjp"  # "vjp": memory of one call, K more calls; "graph": of K calls
     sampling: Sampling = field(default_factory=Sampling)
     gradient_checkpointing: bool = False  # of backend "graph": recompute each denoiser call in the backward pass
 
@@ -174,11 +180,33 @@ class _IndependentProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rollout, params = ctx.rollout, ctx.params
-        total: list[Tensor | None] = [None] * len(params)
-        for i, x in zip(rollout.train, ctx.saved_tensors, strict=False):  # the inputs come first
-            with torch.enable_grad():
-                u = rollout.u(x, i)
-            products = torch.autograd.grad(u, params, rollout.c(i) * g, allow_unused=True)
-            for j, (old, new) in enumerate(zip(total, products, strict=True)):
-                total[j] = new if old is None else old if new is None else old + new
-        return None, None, *total
+        with _set_aside(params):
+            for i, x in zip(rollout.train, ctx.saved_tensors, strict=False):  # the inputs come first
+                with torch.enable_grad():
+                    u = rollout.u(x, i)
+                # Into `.grad`, where autograd adds each parameter's gradient in place as it arrives: one set of them.
+                torch.autograd.backward(u, rollout.c(i) * g, inputs=params)
+            return None, None, *[p.grad for p in params]
+
+
+@contextmanager
+def _set_aside(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the parameters have no `.grad` and no hooks; afterwards those that they had, also on an exception.
+
+    A hook is to see a parameter's whole gradient, once: when it leaves the node. (fp16 networks unscale in one.)
+    """
+    grads = [p.grad for p in params]
+    # torch has no public way to pass over hooks; these two attributes hold them.
+    hooks = [(p, name, getattr(p, name)) for p in params for name in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+    hooks = [(p, name, value) for p, name, value in hooks if value]
+    try:
+        for p, name, _ in hooks:
+            setattr(p, name, {})
+        for p in params:
+            p.grad = None
+        yield
+    finally:
+        for p, name, value in hooks:
+            setattr(p, name, value)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad

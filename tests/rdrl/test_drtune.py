@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -14,12 +14,13 @@ from rsaft.backbones import LoRA, load_backbone
 from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import DRTune, ImageScore, WeightedSum
+from rsaft.rdrl.allocations import Allocations
 from rsaft.sampling import Sampling, initial_noise, ode
 from rsaft.schedules import Schedule
 from rsaft.types import Batch
 from tests import asserts
 from tests.helpers import PROMPTS, batch_of, gradient_of, randomize_, relative_difference, toy_reward
-from tests.rdrl.toy import Toy
+from tests.rdrl.toy import Network, Toy
 
 KINDS = ("eps", "v", "flow")
 CASES = [(4, 1, None), (4, 2, 2), (6, 3, 2), (6, 6, 0), (5, 5, 1), (9, 4, 6)]  # T, K, m
@@ -110,53 +111,94 @@ def test_adding_1_to_a_training_steps_output_adds_c_to_the_result(early_stop, mo
             torch.testing.assert_close(shifted, plain + rollout.c(step), rtol=0, atol=1e-10)
 
 
-class Ledger:
-    """Bytes of tensors that autograd holds at a time: those that it saved and has not let go of, each storage once."""
-
-    def __init__(self) -> None:
-        self.held: dict[int, list[int]] = {}  # address -> [bytes, holders]
-        self.peak = 0
-
-    def pack(self, tensor: Tensor) -> Held:
-        storage = tensor.untyped_storage()
-        self.held.setdefault(storage.data_ptr(), [storage.nbytes(), 0])[1] += 1
-        self.peak = max(self.peak, sum(size for size, _ in self.held.values()))
-        return Held(tensor, self)
-
-    def drop(self, tensor: Tensor) -> None:
-        entry = self.held[tensor.untyped_storage().data_ptr()]
-        entry[1] -= 1
-        if not entry[1]:
-            del self.held[tensor.untyped_storage().data_ptr()]
-
-
-class Held:
-    """A saved tensor that tells its ledger when it is let go of."""
-
-    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
-        self.tensor, self.ledger = tensor, ledger
-
-    def __del__(self) -> None:
-        self.ledger.drop(self.tensor)
-
-
 def _peak_bytes(backbone: Any, algorithm: DRTune) -> int:
-    """Of forward and backward pass through trajectory, decoder and reward."""
-    ledger = Ledger()
+    """Of everything that is allocated for the last steps, decoder and reward, and their gradients."""
     rollout = algorithm.rollout(backbone, batch_of())
-    prefix = rollout.prefix()
-    with torch.autograd.graph.saved_tensors_hooks(ledger.pack, lambda held: held.tensor):
+    prefix, params = rollout.prefix(), backbone.parameters()
+    with Allocations() as allocations:
         sample = rollout.tail(prefix)
-        gradient = asserts.reward_gradient(backbone, sample)
-    assert gradient.abs().max() > 0
-    return ledger.peak
+        toy_reward(backbone.decode(sample.latents), sample.prompts).sum().backward()
+    assert max(float(p.grad.abs().max()) for p in params if p.grad is not None) > 0
+    for p in params:
+        p.grad = None
+    return sum(allocations.peak.values())
 
 
 def test_peak_memory_is_flat_in_the_number_of_training_steps(tiny_sd):
     backbone = _real(str(tiny_sd), "fp32")
-    one, eight = (_backends(k, 0, Sampling(8, guidance=3.0)) for k in (1, 8))
-    assert _peak_bytes(backbone, eight[0]) <= 1.05 * _peak_bytes(backbone, one[0])
-    assert _peak_bytes(backbone, eight[1]) >= 4 * _peak_bytes(backbone, one[1])  # the ledger sees the graph's growth
+    (vjp, _), (_, graph), (eight, _) = (_backends(k, 0, Sampling(8, guidance=3.0)) for k in (1, 2, 8))
+    one = _peak_bytes(backbone, vjp)
+    assert _peak_bytes(backbone, eight) <= 1.05 * one
+    assert _peak_bytes(backbone, graph) >= 2 * one
+
+
+def _all_weights(folder: str) -> Any:
+    """A tiny network that is mostly weights: 0.9 M of them, and activations of a tenth of their size."""
+    toy = Toy("eps", dtype=torch.float32)
+    toy.network = Network(size=2 * 3 * 3, width=20_000)
+    return toy
+
+
+@pytest.mark.parametrize("load", [partial(load_backbone, dtype="fp32"), _all_weights], ids=["sd", "all weights"])
+def test_a_whole_network_adds_at_most_one_set_of_gradients_whatever_the_number_of_training_steps(tiny_sd, load):
+    backbone = load(str(tiny_sd))
+    one, two, four = (_peak_bytes(backbone, _backends(k, 0, Sampling(4, guidance=3.0))[0]) for k in (1, 2, 4))
+    gradients = sum(p.nbytes for p in backbone.parameters())
+    assert two - one <= 1.01 * gradients  # the sum is alive during the second call
+    assert four - two <= 0.01 * two  # the latents at which the network is called again
+
+
+def test_a_parameters_hooks_see_its_whole_gradient_once():
+    toy = Toy("v")
+    p, seen = toy.parameters()[0], []
+    p.register_hook(lambda g: seen.append(g.clone()))
+    p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    rollout = _backends(3, 2, Sampling(6, guidance=2.0))[0].rollout(toy, batch_of())
+    sample = rollout.tail(rollout.prefix())
+    toy_reward(toy.decode(sample.latents), sample.prompts).sum().backward()
+    assert len(seen) == 2
+    assert all(torch.equal(g, p.grad) for g in seen)
+
+
+def test_the_backends_agree_in_fp16(tiny_sd):
+    backbone, found = _real(str(tiny_sd), "fp16"), []
+    for algorithm in _backends(2, 0, Sampling(4, guidance=3.0)):
+        rollout = algorithm.rollout(backbone, batch_of())
+        found.append(asserts.reward_gradient(backbone, rollout.tail(rollout.prefix())))
+    assert relative_difference(*found) <= 1e-3  # sums of fp16 gradients, in another order
+
+
+def test_products_leave_grad_and_hooks_of_the_parameters_alone_also_when_one_fails(monkeypatch):
+    toy = Toy("v")
+    params = toy.parameters()
+    for p in params:
+        p.grad = torch.ones_like(p)
+        p.register_hook(lambda g: None)
+        p.register_post_accumulate_grad_hook(lambda p: None)
+
+    def state() -> list[Any]:
+        return [[p.grad, p._backward_hooks, p._post_accumulate_grad_hooks] for p in params]
+
+    def unchanged() -> bool:
+        same = all(a is b for old, new in zip(before, state(), strict=True) for a, b in zip(old, new, strict=True))
+        return same and all(torch.equal(p.grad, torch.ones_like(p)) for p in params)
+
+    before = state()
+    rollout = _backends(3, 2, Sampling(6, guidance=2.0))[0].rollout(toy, batch_of())
+    asserts.reward_gradient(toy, rollout.tail(rollout.prefix()))
+    assert unchanged()
+    sample, u, left = rollout.tail(rollout.prefix()), rollout.u, [1]
+
+    def fails_at_the_second_call(x: Tensor, i: int) -> Tensor:
+        if not left:
+            raise RuntimeError("the network failed")
+        left.pop()
+        return u(x, i)
+
+    monkeypatch.setattr(rollout, "u", fails_at_the_second_call)
+    with pytest.raises(RuntimeError, match="the network failed"):
+        asserts.reward_gradient(toy, sample)
+    assert unchanged()
 
 
 @pytest.mark.parametrize(("T", "k", "m"), [*CASES, (50, 5, 20), (25, 3, 10), (50, 7, None)])
