@@ -107,18 +107,17 @@ class Others:
 
 
 @runtime_checkable
-class GroupObjective(Protocol):
+class GroupObjective(Objective, Protocol):
     """An objective that compares the samples of one prompt, on all processes."""
 
-    by_prompt: Literal[True]
+    @property
+    def by_prompt(self) -> Literal[True]: ...
 
-    def __call__(
-        self,
-        rewards: Float[Tensor, "b m"],
-        names: tuple[str, ...],
-        prompts: Sequence[str],
-        others: Others | None = None,
-    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]: ...
+    def judge(
+        self, rewards: Float[Tensor, "b m"], names: tuple[str, ...], prompts: Sequence[str], others: Others | None
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"], dict[str, float]]:
+        """Loss and direction of each sample, as an Objective, and what to log; the same keys on every process."""
+        ...
 
 
 @runtime_checkable

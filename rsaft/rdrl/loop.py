@@ -52,7 +52,7 @@ class Trainer:
         *,
         algorithm: Algorithm,
         rewards: Mapping[str, Reward],
-        objective: Objective | GroupObjective,
+        objective: Objective,
         step: Step = plain_step,
         prompts: Sequence[str] | str | os.PathLike[str],
         eval_prompts: Sequence[str] | str | os.PathLike[str] | None = None,

@@ -37,7 +37,7 @@ class ImageScore:
 
     backbone: Backbone
     rewards: Mapping[str, Reward]
-    objective: Objective | GroupObjective
+    objective: Objective
     # From the rewards, which samples' penalty counts: (b, m) rewards and their names to (b,) factors. None: all.
     gate: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None
 
@@ -50,24 +50,26 @@ class ImageScore:
         valid = torch.isfinite(rewards).all(dim=1)
         detached = torch.where(torch.isfinite(rewards), rewards, torch.nan).detach()
         if bool(valid.all()):
-            losses, direction = self._judged(rewards, sample.prompts)
-            return Loss(losses.mean() + self._penalty(sample, detached, valid), direction, detached, valid)
+            losses, direction, logs = self._judged(rewards, sample.prompts)
+            return Loss(losses.mean() + self._penalty(sample, detached, valid), direction, detached, valid, logs)
         rows = valid.nonzero().flatten()
         value = view[:0].sum()  # 0 with a graph, also where the images themselves are not finite
         direction = value.to(rewards.dtype).expand(len(valid))
         prompts = [sample.prompts[i] for i in rows.tolist()]
-        losses, part = self._judged(self._matrix(view[rows], prompts) if len(rows) else detached[:0], prompts)
+        losses, part, logs = self._judged(self._matrix(view[rows], prompts) if len(rows) else detached[:0], prompts)
         if len(rows):
             value = losses.sum() / len(valid) + self._penalty(sample, detached, valid)
             direction = direction.index_put((rows,), part)
-        return Loss(value, direction, detached, valid)
+        return Loss(value, direction, detached, valid, logs)
 
-    def _judged(self, rewards: Float[Tensor, "n m"], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The objective's losses and directions. Called once a pass, on every process: by prompt it gathers."""
+    def _judged(
+        self, rewards: Float[Tensor, "n m"], prompts: Sequence[str]
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], dict[str, float]]:
+        """Losses, directions and logs. Called once a pass, on every process: for a GroupObjective it gathers."""
         names = tuple(self.rewards)
         if isinstance(self.objective, GroupObjective):
-            return self.objective(rewards, names, prompts, others(rewards, prompts))
-        return self.objective(rewards, names, prompts)
+            return self.objective.judge(rewards, names, prompts, others(rewards, prompts))
+        return *self.objective(rewards, names, prompts), {}
 
     def _penalty(self, sample: Sample, rewards: Float[Tensor, "n m"], valid: Bool[Tensor, " n"]) -> Tensor | float:
         """The sample's own term of the loss, gated, and masked like its rewards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,10 @@ def update_record(
         sums[1] += int(loss.valid.sum())
         sums[2] += float(loss.value) * len(loss.valid)
         sums[3:] += good.sum(dim=0).double().cpu()
-    logs = torch.tensor(list(output.logs.values()), dtype=torch.float64) / distributed.world_size()
+    own = output.logs | {  # of the losses, their mean over micro-batches
+        key: math.fsum(loss.logs[key] for loss in output.losses) / len(output.losses) for key in output.losses[0].logs
+    }
+    logs = torch.tensor(list(own.values()), dtype=torch.float64) / distributed.world_size()
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     both = torch.cat([sums, logs]).to(device if is_nccl else "cpu")
     distributed.sum_([both])
@@ -41,7 +45,7 @@ def update_record(
     record: dict[str, Any] = {"kind": "train", "step": step, "loss": loss_sum / max(valid, 1)}
     record |= {f"reward/{name}": value / valid if valid else None for name, value in zip(names, rest, strict=False)}
     record |= {"nonfinite/reward": int(total - valid)}
-    record |= dict(zip(output.logs, rest[len(names) :], strict=True))
+    record |= dict(zip(own, rest[len(names) :], strict=True))
     return record, valid / total
 
 
