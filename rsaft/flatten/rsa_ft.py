@@ -62,7 +62,7 @@ class RSAFT:
     # Where delta's gradient is taken: Algorithm 1's clean weights, or theta + eps (one more reward pass). A first pass
     # on a part of the batch, or none (eps_every), always takes it at theta + eps.
     delta_from: Literal["clean", "perturbed"] = "clean"
-    eps_share: float = 1.0  # share of the batch in the first pass: every (1 / eps_share)-th sample
+    eps_share: float = 1.0  # share of the batch in the first pass, 1 / n: every n-th sample
     eps_every: int = 1  # updates that one epsilon serves
     # One epsilon for the global batch (results do not depend on the number of processes), or one a micro-batch.
     eps_group: Literal["global", "micro_batch"] = "global"
@@ -86,6 +86,12 @@ class RSAFT:
             raise ConfigError(f"step.reuse counts the last steps sampled again, so reuse >= 1; got {self.reuse}.")
         if not 0 < self.eps_share <= 1:
             raise ConfigError(f"step.eps_share is a share of the batch, so 0 < eps_share <= 1; got {self.eps_share}.")
+        n = _nearest_n(self.eps_share)
+        if not math.isclose(self.eps_share, 1 / n, rel_tol=1e-6):  # a rounded 1/3 is one
+            raise ConfigError(
+                f"step.eps_share: the first pass takes every n-th sample, so the share is 1 / n; got {self.eps_share}, "
+                f"and the nearest is {1 / n:g} (1 / {n})."
+            )
         if self.eps_every < 1:
             raise ConfigError(f"step.eps_every counts updates, so eps_every >= 1; got {self.eps_every}.")
         reason = self._why_not_together()
@@ -237,6 +243,12 @@ class RSAFT:
         rms = delta.square().mean().sqrt()
         size = {"rsaft/delta_rms_255": float(rms * 255)} if self.space == "image" else {"rsaft/delta_rms": float(rms)}
         return size | {"rsaft/delta_cosine": float(cosine)}
+
+
+def _nearest_n(share: float) -> int:
+    """The n whose 1 / n is nearest to a share in (0, 1]."""
+    below, above = math.floor(1 / share), math.ceil(1 / share)
+    return below if 1 / below - share < share - 1 / above else above
 
 
 def _mean(logs: Sequence[dict[str, float]]) -> dict[str, float]:
