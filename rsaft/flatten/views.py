@@ -39,7 +39,10 @@ class LatentScore:
 
 
 def smoothed(view: Tensor, sample: Sample, batch: Batch, delta: Delta) -> tuple[Tensor, Tensor, Sample]:
-    """The view `draws` times over, Gaussian noise for each copy, and the copies' sample: a mean over them is r~.
+    """The view `draws` times over, Gaussian noise for each copy, and the copies' sample.
+
+    RSAFT takes the objective's loss of each copy, and their mean: E[L(r(x + sigma u))]. Where L is linear that is the
+    loss of the smoothed reward, L(r~) with r~ = E[r(x + sigma u)]; for a hinge or a softmin it is another thing.
 
     Noise is keyed by (seed, update, sample id, pair), so a resumed run repeats it. The several latents of one sample
     (DRaFT-LV) share theirs.

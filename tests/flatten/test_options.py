@@ -11,7 +11,7 @@ from torch import Tensor
 from rsaft.flatten import RSAFT, InputFlattened
 from rsaft.flatten.input import Delta
 from rsaft.randomness import normal
-from rsaft.rdrl import DRaFT, ImageScore, Pretraining, ReFL, WeightedSum, plain_step
+from rsaft.rdrl import DRaFT, Hinge, ImageScore, Pretraining, ReFL, WeightedSum, plain_step
 from rsaft.rdrl.pretraining import save_pairs
 from rsaft.sampling import Sampling
 from rsaft.types import Batch, Loss, Sample, Step
@@ -25,11 +25,15 @@ TWO = [batch_of(PROMPTS[:2]), batch_of(PROMPTS[2:], first_id=2)]
 
 
 def gradient(
-    step: Step, batches: Sequence[Batch] = TWO, algorithm: Any = DRAFT, reward: Any = toy_reward
+    step: Step,
+    batches: Sequence[Batch] = TWO,
+    algorithm: Any = DRAFT,
+    reward: Any = toy_reward,
+    objective: Any = WeightedSum({"toy": 1.0}),  # noqa: B008  frozen
 ) -> tuple[Tensor, Any]:
     """The gradient of a step as one vector, and what the step returned."""
     toy = Toy("flow")
-    score = ImageScore(toy, {"toy": reward}, WeightedSum({"toy": 1.0}))
+    score = ImageScore(toy, {"toy": reward}, objective)
     output = step([algorithm.rollout(toy, batch) for batch in batches], score, toy.parameters())
     return torch.cat([p.grad.flatten() for p in toy.parameters() if p.grad is not None]), output
 
@@ -91,6 +95,19 @@ def test_smoothing_is_the_mean_of_plain_steps_at_the_keyed_draws(norm, sigma, st
     torch.testing.assert_close(found, torch.stack([g for g, _ in draws]).mean(dim=0), rtol=1e-10, atol=1e-14)
     value = sum(loss.value for _, out in draws for loss in out.losses) / 8
     torch.testing.assert_close(sum(loss.value for loss in output.losses) / 2, value, rtol=1e-12, atol=0)
+
+
+def test_smoothing_of_a_hinge_is_the_mean_of_the_draws_losses_not_the_loss_of_their_mean():
+    batch, step = [batch_of(PROMPTS[:1])], RSAFT(0.5, norm="rms", mode="input", smoothing="gaussian", draws=2)
+    rewards = [float(gradient(plain_step, batch, reward=noisy(0.5, 0, s, 0))[1].losses[0].rewards) for s in (1, -1)]
+    margin = sum(rewards) / 2 + 0.1 * abs(rewards[0] - rewards[1])  # one draw is above it
+    hinge = Hinge({"toy": 1.0}, margin=margin)
+    found, output = gradient(step, batch, objective=hinge)
+    parts = [gradient(plain_step, batch, reward=noisy(0.5, 0, s, 0), objective=hinge) for s in (1, -1)]
+    torch.testing.assert_close(found, (parts[0][0] + parts[1][0]) / 2, rtol=1e-10, atol=1e-14)
+    value = float(output.losses[0].value)
+    assert value == pytest.approx((margin - min(rewards)) / 2, rel=1e-12)
+    assert value > 2 * (margin - sum(rewards) / 2) > 0
 
 
 def test_noise_belongs_to_the_update_and_the_sample_and_is_repeated():
