@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "rewards": CORE | MODELS,
     "flatten": CORE | {"metrics"},
     "metrics": CORE | {"flatten"},
-    "pareto": CORE,
+    "pareto": CORE | {"metrics"},
     "drm": CORE,
     "rdrl": CORE | MODELS | {"backbones", "rewards", "flatten", "metrics", "pareto", "drm"},
 }
