@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from functools import lru_cache
+from itertools import product
 from multiprocessing import get_context
 from typing import Any
 
@@ -43,10 +44,12 @@ KINDS = ("eps", "v", "flow")
 WEIGHTS = ("lora", "full")
 STEPS = range(2)  # updates, each with draws of its own
 
+TOYS = [f"{kind}-{weights}" for kind in KINDS for weights in WEIGHTS]
+
 every_trainer = pytest.mark.parametrize("name", TRAINERS)
 
 
-@pytest.fixture(params=[f"{kind}-{weights}" for kind in KINDS for weights in WEIGHTS])
+@pytest.fixture(params=TOYS)
 def toy(request):
     """A toy of each kind, with adapters and without; its parameters have no `.grad`."""
     return _toy(request.param)
@@ -277,16 +280,17 @@ def test_rsa_ft_with_radius_zero_is_the_plain_step_bit_for_bit(name, toy):
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
-    """One process: its half of the batch with every trainer, the gradients averaged; the first one writes them."""
+    """One process: its half of the batch with every trainer on every toy, gradients averaged; the first writes them."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    toy, ids = _toy(), range(4)[rank * 4 // world : (rank + 1) * 4 // world]
+    ids = range(4)[rank * 4 // world : (rank + 1) * 4 // world]
     batch, found = batch_of(PROMPTS, step=1).select(ids), {}
-    for name, algorithm in TRAINERS.items():
+    for (name, algorithm), which in product(TRAINERS.items(), TOYS):
+        toy = _toy(which)
         gradient = [_gradient(RSAFT(0.2, 0.1), toy, [algorithm.rollout(toy, batch)])]
         distributed.sum_(gradient)
-        found[name] = gradient[0] / world
+        found[name, which] = gradient[0] / world
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
     dist.destroy_process_group()
@@ -294,7 +298,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory):
-    """The gradients of RSA-FT, by trainer, that two processes find together."""
+    """The gradients of RSA-FT, by trainer and toy, that two processes find together."""
     folder = str(tmp_path_factory.mktemp("two"))
     processes = [get_context("fork").Process(target=_rank, args=(rank, 2, folder), daemon=True) for rank in range(2)]
     for process in processes:
@@ -306,10 +310,11 @@ def of_two_processes(tmp_path_factory):
 
 
 @every_trainer
-def test_two_processes_give_the_gradient_of_one(name, of_two_processes):
-    toy = _toy()
+@pytest.mark.parametrize("which", TOYS)
+def test_two_processes_give_the_gradient_of_one(name, which, of_two_processes):
+    toy = _toy(which)
     one = _gradient(RSAFT(0.2, 0.1), toy, [TRAINERS[name].rollout(toy, batch_of(PROMPTS, step=1))])
-    assert relative_difference(of_two_processes[name], one) <= asserts.TOLERANCE
+    assert relative_difference(of_two_processes[name, which], one) <= asserts.TOLERANCE
 
 
 class FailsAtCall:
