@@ -236,8 +236,16 @@ def test_all_samples_of_an_update_have_the_same_steps():
         assert len({(r.num_steps, r.train) for r in rollouts}) == 1
 
 
+def test_the_defaults_are_the_second_hand_settings():
+    # K = 5 training steps, a stop at one of the last m = 20 of 50 steps.
+    algorithm, toy = DRTune(), Toy("flow")
+    assert (algorithm.k, algorithm.last, algorithm.sampling.num_steps) == (5, 20, 50)
+    rollouts = [algorithm.rollout(toy, Batch(("a",), (0,), step, 0)) for step in range(150)]
+    assert {len(rollout.train) for rollout in rollouts} == {5}
+    assert {rollout.num_steps - 1 for rollout in rollouts} == set(range(30, 50))
+
+
 def test_by_default_it_stops_in_the_last_two_fifths_but_never_before_k_steps():
-    assert DRTune().last == 20
     assert DRTune(k=3, sampling=Sampling(25)).last == 10
     assert DRTune(k=5, sampling=Sampling(6)).last == 2
     assert DRTune(k=5, sampling=Sampling(5)).last == 1
