@@ -6,6 +6,7 @@ The agent's names are resolved when first used, as not every run has one.
 import importlib
 from typing import Any
 
+from rsaft.pareto.baselines import SeparateConstraints, WeightedSumBound
 from rsaft.pareto.dominance import dominates, finite_rows, non_dominated
 from rsaft.pareto.frontier import FrontierStore
 from rsaft.pareto.objective import ParetoTransport
@@ -24,7 +25,17 @@ _HOMES = {
     "Verdict": "context",
 }
 
-__all__ = ["FrontierStore", "ParetoTransport", "dominates", "finite_rows", "non_dominated", "sinkhorn", *_HOMES]
+__all__ = [
+    "FrontierStore",
+    "ParetoTransport",
+    "SeparateConstraints",
+    "WeightedSumBound",
+    "dominates",
+    "finite_rows",
+    "non_dominated",
+    "sinkhorn",
+    *_HOMES,
+]
 
 
 def __getattr__(name: str) -> Any:
