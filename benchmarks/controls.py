@@ -17,8 +17,8 @@ from rsaft.flatten import perturbed
 from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.flatten.weight import global_norm, gradients_of, worst_case_eps
 from rsaft.randomness import generator
-from rsaft.rdrl import plain_step
-from rsaft.types import Rollout, Score, StepOutput
+from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, plain_step
+from rsaft.types import Algorithm, Rollout, Score, StepOutput
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class FriendlySAM:
 
 @dataclass(frozen=True)
 class CoarseFirstPass:
-    """Epsilon from a trajectory of fewer sampling steps, from the same noise.
+    """Epsilon from a trajectory of fewer sampling steps, from the same noise, by the same trainer (`with_steps`).
 
     Cost for DRaFT-1: a plain step, and one of `num_steps` steps.
     """
@@ -113,14 +113,36 @@ class CoarseFirstPass:
     def __call__(
         self, rollouts: Sequence[Any], score: Score, params: Sequence[Tensor], state: Any = None
     ) -> StepOutput:
-        coarse = []
-        for rollout in rollouts:  # made again from its own settings: a rollout has no public way to be shortened
-            settings = rollout._settings
-            short = replace(settings, sampling=replace(settings.sampling, num_steps=self.num_steps))
-            coarse.append(short.rollout(rollout._backbone, rollout.batch))
+        # Made again from its own settings: a rollout has no public way to be shortened.
+        coarse = [with_steps(r._settings, self.num_steps).rollout(r._backbone, r.batch) for r in rollouts]
         eps = worst_case_eps(direction_gradient(coarse, score, params), self.rho_w)
         with perturbed(params, eps):
             return plain_step(rollouts, score, params)
+
+
+def with_steps(algorithm: Algorithm, num_steps: int) -> Algorithm:
+    """The trainer with fewer sampling steps; what it counts in steps shrinks in proportion, to 1 at least.
+
+    ReFL and DRTune without a number of their own, and AlignProp's distributions, are shares of the steps as they are.
+    """
+    sampling = replace(algorithm.sampling, num_steps=num_steps)
+
+    def scaled(n: int) -> int:
+        return max(1, round(n * num_steps / algorithm.sampling.num_steps))
+
+    match algorithm:
+        case DRaFT(k=k):
+            return replace(algorithm, k=scaled(k), sampling=sampling)
+        case ReFL(last=int() as last):
+            return replace(algorithm, last=scaled(last), sampling=sampling)
+        case AlignProp(truncation=int() as first):
+            return replace(algorithm, truncation=min(scaled(first), num_steps - 1), sampling=sampling)
+        case DRTune(k=k, early_stop=last):
+            last = min(scaled(last), num_steps - scaled(k) + 1) if last else last  # 0: it does not stop early
+            return replace(algorithm, k=scaled(k), early_stop=last, sampling=sampling)
+        case ReFL() | AlignProp():
+            return replace(algorithm, sampling=sampling)
+    raise TypeError(f"with_steps: {type(algorithm).__name__} is none of DRaFT, ReFL, AlignProp and DRTune.")
 
 
 def _grad(p: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The study's controls and cheaper schemes: their limits, in float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation
+from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation, with_steps
+from benchmarks.testbed_study import TRAINERS
 from rsaft.flatten import RSAFT
 from rsaft.flatten.rsa_ft import KeptEps
-from rsaft.rdrl import DRaFT, ImageScore, WeightedSum, plain_step
+from rsaft.rdrl import AlignProp, DRaFT, DRTune, ImageScore, ReFL, WeightedSum, plain_step
 from rsaft.sampling import Sampling
 from rsaft.types import Step
 from tests.helpers import TinyFlow, batch_of, count_calls, toy_reward
@@ -17,10 +19,18 @@ STEPS = 4
 STRICT = RSAFT(0.0, 0.1, mode="weight")
 
 
-def update(step: Step, number: int = 0, state: Any = None) -> tuple[torch.Tensor, Any]:
+SAMPLING = Sampling(STEPS, guidance=1.0)
+
+
+def update(
+    step: Step,
+    number: int = 0,
+    state: Any = None,
+    algorithm: Any = DRaFT(k=1, sampling=SAMPLING),  # noqa: B008
+) -> tuple[torch.Tensor, Any]:
     """The gradient of one update as a vector, and the step's state."""
     backbone = TinyFlow(dtype=torch.float64)
-    rollout = DRaFT(k=1, sampling=Sampling(STEPS, guidance=1.0)).rollout(backbone, batch_of(step=number))
+    rollout = algorithm.rollout(backbone, batch_of(step=number))
     params = backbone.parameters()
     before = [p.detach().clone() for p in params]
     output = step([rollout], ImageScore(backbone, {"toy": toy_reward}, WeightedSum({"toy": 1.0})), params, state)
@@ -34,6 +44,52 @@ def update(step: Step, number: int = 0, state: Any = None) -> tuple[torch.Tensor
 def test_at_its_limit_a_scheme_is_strict_weight_flattening(scheme: Step):
     expected, _ = update(STRICT)
     torch.testing.assert_close(update(scheme)[0], expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        DRaFT(k=3, sampling=SAMPLING),
+        ReFL(last=2, sampling=SAMPLING),
+        AlignProp(truncation=3, sampling=SAMPLING),
+        DRTune(k=2, early_stop=3, sampling=SAMPLING),
+        DRTune(k=3, early_stop=0, sampling=SAMPLING),
+    ],
+)
+def test_a_coarse_first_pass_of_every_trainer_ends_at_strict_weight_flattening(algorithm: Any):
+    strict, coarse = (
+        update(STRICT, 1, algorithm=algorithm)[0],
+        update(CoarseFirstPass(0.1, 2), 1, algorithm=algorithm)[0],
+    )
+    assert not torch.allclose(coarse, strict, rtol=0, atol=1e-9)
+    whole = update(CoarseFirstPass(0.1, STEPS), 1, algorithm=algorithm)[0]
+    torch.testing.assert_close(whole, strict, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "counts"),
+    [
+        (DRaFT(k=1), {"k": 1}),
+        (DRaFT(k=20), {"k": 1}),
+        (ReFL(sampling=Sampling(40)), {"last": None, "first_stop": 2}),
+        (ReFL(last=20, sampling=Sampling(40)), {"last": 2}),
+        (AlignProp(truncation=49), {"truncation": 2}),
+        (AlignProp(), {"truncation": "gaussian", "mean": 0.84}),
+        (DRTune(), {"k": 1, "early_stop": None, "last": 1}),
+        (DRTune(k=40, early_stop=11), {"k": 2, "early_stop": 1}),
+        (DRTune(k=48, early_stop=3), {"k": 3, "early_stop": 1}),
+        (DRTune(early_stop=0), {"k": 1, "early_stop": 0}),
+    ],
+)
+def test_in_three_steps_a_trainer_counts_in_proportion(algorithm: Any, counts: dict[str, Any]):
+    coarse = with_steps(algorithm, 3)
+    assert coarse.sampling == replace(algorithm.sampling, num_steps=3)
+    assert {name: getattr(coarse, name) for name in counts} == counts
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_studys_trainers_have_a_coarse_first_pass_of_three_steps(trainer: str):
+    assert with_steps(TRAINERS[trainer], 3).sampling.num_steps == 3
 
 
 @pytest.mark.parametrize(
@@ -80,7 +136,7 @@ def test_a_random_perturbation_moves_the_weights_by_its_radius_in_another_direct
 )
 def test_a_coarse_first_pass_costs_its_own_steps_alone(scheme: Step, calls: int):
     backbone = TinyFlow(dtype=torch.float64)
-    rollout = DRaFT(k=1, sampling=Sampling(STEPS, guidance=1.0)).rollout(backbone, batch_of())
+    rollout = DRaFT(k=1, sampling=SAMPLING).rollout(backbone, batch_of())
     with count_calls(backbone.network) as counted:
         scheme([rollout], ImageScore(backbone, {"toy": toy_reward}, WeightedSum({"toy": 1.0})), backbone.parameters())
     assert counted.total == calls
