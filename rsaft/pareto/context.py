@@ -63,7 +63,7 @@ class Context:
         n = len(self.prompts)
         lengths = {"images": len(self.images), "base_images": len(self.base_images)}
         for name in ("scores", "base_scores", "passed_scores"):
-            lengths |= {f"{name}['{key}']": len(values) for key, values in getattr(self, name).items()}
+            lengths |= {f"{name} of {key}": len(values) for key, values in getattr(self, name).items()}
         wrong = {name: found for name, found in lengths.items() if found != n and (found or "scores" in name)}
         if wrong or self.images.shape != self.base_images.shape:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TextIO
+from io import TextIOBase
 
 from rsaft.pareto.context import Context, JudgeError, Verdict
 
@@ -40,8 +40,8 @@ class HumanJudge:
 
     tries: int = 5  # answers that cannot be read, before it gives up
     # Streams to ask through; by default the terminal: standard input, and standard error for the question.
-    source: TextIO | None = field(default=None, repr=False, compare=False)
-    sink: TextIO | None = field(default=None, repr=False, compare=False)
+    source: TextIOBase | None = field(default=None, repr=False, compare=False)
+    sink: TextIOBase | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, context: Context) -> Verdict:
         """The person's verdict.

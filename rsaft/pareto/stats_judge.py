@@ -132,9 +132,11 @@ class StatsJudge:
 
     def _stagnant(self, context: Context) -> bool:
         looks = context.history[-self.looks :]
+        if len(looks) < self.looks:
+            return False
         curves = [_mean_curve(context, looks, [f"{REWARD}{name}"]) for name in context.active]
         rises = [curve[-1] - curve[0] for curve in curves if curve is not None]
-        return len(looks) == self.looks and bool(rises) and sum(rises) / len(rises) < self.stagnation
+        return bool(rises) and sum(rises) / len(rises) < self.stagnation
 
 
 def standardised_gains(context: Context) -> tuple[dict[str, Float[Tensor, " k"]], tuple[str, ...]]:
