@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from rsaft.backbones.lora import ADAPTER
+from rsaft.errors import ConfigError
 from rsaft.flatten import perturbed
 from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.flatten.weight import global_norm, gradients_of, worst_case_eps
@@ -98,6 +101,70 @@ class FriendlySAM:
             mean = [self.decay * m + (1 - self.decay) * x for x, m in zip(g, state.eps, strict=True)]
         with perturbed(params, worst_case_eps(own, self.rho_w)):
             return replace(plain_step(rollouts, score, params), state=KeptEps(tuple(mean), 1))
+
+
+@dataclass(frozen=True)
+class ProductMetric:
+    """Epsilon over LoRA's factors, as long as moves the layers' weights W + s B A by rho_w, to first order.
+
+    sqrt(sum over layers of |s (B eA + eB A)|_F^2) = rho_w: what full fine-tuning calls rho_w, whatever the factors' own
+    sizes; the direction is that of the factors' gradient. Cost: two plain steps, as strict weight flattening.
+    """
+
+    rho_w: float
+
+    def __call__(
+        self, rollouts: Sequence[Any], score: Score, params: Sequence[Tensor], state: Any = None
+    ) -> StepOutput:
+        layers = lora_layers(rollouts[0]._backbone.network, params)
+        eps = worst_case_eps(direction_gradient(rollouts, score, params), 1.0)
+        scale = self.rho_w / product_norm(layers, params, eps).clamp_min(1e-12)
+        with perturbed(params, [e * scale.to(e) for e in eps]):
+            return plain_step(rollouts, score, params)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where a layer's factors are among the parameters, and its s: the layer's weight is W + s B A."""
+
+    a: int
+    b: int
+    s: float
+
+
+def lora_layers(network: Any, params: Sequence[Tensor]) -> list[Factors]:
+    """The layers with an adapter of a network of which only adapters are trained.
+
+    Raises:
+        ConfigError: if other tensors are trained.
+    """
+    number = {id(p): i for i, p in enumerate(params)}
+    layers = [
+        Factors(number[id(m.lora_A[ADAPTER].weight)], number[id(m.lora_B[ADAPTER].weight)], m.scaling[ADAPTER])
+        for m in network.modules()
+        if isinstance(m, LoraLayer)
+    ]
+    if 2 * len(layers) != len(params):
+        raise ConfigError(
+            f"product: it measures LoRA's factors, and {len(params) - 2 * len(layers)} of {len(params)} trained "
+            "tensors are none; train an adapter (--lora RANK)."
+        )
+    return layers
+
+
+def product_norm(layers: Sequence[Factors], params: Sequence[Tensor], eps: Sequence[Tensor]) -> Tensor:
+    """sqrt(sum over layers of |s (B eA + eB A)|_F^2), 0-dim, in float64, from products of rank by rank values alone.
+
+    |B eA|_F^2 = tr(B'B eA eA'), the sum over the entries of B'B times those of eA eA', and so for the other terms.
+    """
+    squares = []
+    for layer in layers:
+        a, b, e_a, e_b = (
+            t.detach().flatten(1).double() for t in (params[layer.a], params[layer.b], eps[layer.a], eps[layer.b])
+        )
+        terms = (b.T @ b) * (e_a @ e_a.T) + 2 * (b.T @ e_b) * (e_a @ a.T) + (e_b.T @ e_b) * (a @ a.T)
+        squares.append(layer.s**2 * terms.sum())
+    return torch.stack(squares).sum().clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ Several processes may share one --out: a cell is claimed by its lock file. Every
 settings of `SETTINGS`, and is evaluated on the same prompts and noises. It trains with DRaFT-1 unless the method names
 another trainer of `TRAINERS`: `--methods refl:plain refl:weight-0.01 drtune:plain`. Beside each cell stay all evaluated
 images and, with --keep-weights, the weights at every evaluation.
+
+With `--lora 8` every cell trains an adapter of that rank (alpha the same) at the same learning rate, unless --lr gives
+another. Its cells lie apart, so that nothing is compared across: `benchmarks.testbed_tables --world fashion-lora8`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -24,12 +26,12 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import annealed_evaluations, gated_rewards, over_rated
-from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation
+from benchmarks.methods import method, number_of
 from rsaft import testbed
+from rsaft.backbones import LoRA
 from rsaft.errors import RunDirectoryError
 from rsaft.files import write_atomic
-from rsaft.flatten import RSAFT
-from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, WeightedSum, WithKL, plain_step
+from rsaft.rdrl import AlignProp, DRaFT, DRTune, ReFL, WeightedSum, WithKL
 from rsaft.rdrl.checkpoint_folder import list_checkpoints
 from rsaft.rdrl.kl import OverRated
 from rsaft.rdrl.loop import Trainer
@@ -86,70 +88,9 @@ def trainer_and_method(name: str) -> tuple[str, str]:
     return trained_by, rest
 
 
-def method(name: str) -> tuple[Step, float]:
-    """The step and the factor of the learning rate that a method's name stands for.
-
-    Names: plain, half-lr, weight-RHO, input-RHO, both-RHO-RHO_W, random-RHO_W, cached-RHO_W, lastM-RHO_W,
-    shareN-RHO_W (one of N samples), everyN-RHO_W, shareNeveryM-RHO_W; input flattening as linf-RHO, rms-RHO, pgdN-RHO
-    (N steps), gaussian-RHO, latent-RHO (in latents); perturbed-RHO-RHO_W (both, delta at theta + eps); looksamN-RHO_W,
-    fsam-RHO_W, coarseN-RHO_W (benchmarks/controls.py); kl-WEIGHT, gated-WEIGHT (a KL term to the base model, on all
-    samples or on over-rated ones); annealed-POWER (plain's weights of that seed, sampled between the base and them).
-    """
-    kind, *numbers = re.split(r"(?<!\de)-", name)  # 1e-3 is one number
-    radii = [float(n) for n in numbers if n != "lr"]
-    if name == "plain" or kind in ("kl", "gated", "annealed"):
-        return plain_step, 1.0
-    if name == "half-lr":
-        return plain_step, 0.5
-    if kind == "weight":
-        return RSAFT(0.0, radii[0], mode="weight"), 1.0
-    if kind == "input":
-        return RSAFT(radii[0], 0.0, mode="input"), 1.0
-    if kind == "both":
-        return RSAFT(radii[0], radii[1], mode="both"), 1.0
-    if kind == "perturbed":
-        return RSAFT(radii[0], radii[1], mode="both", delta_from="perturbed"), 1.0
-    if variant := _input_variant(kind, radii):
-        return variant, 1.0
-    if kind == "random":
-        return RandomPerturbation(radii[0]), 1.0
-    if kind == "fsam":
-        return FriendlySAM(radii[0]), 1.0
-    if kind.startswith("looksam"):
-        return LookSAM(radii[0], every=int(kind[7:])), 1.0
-    if kind.startswith("coarse"):
-        return CoarseFirstPass(radii[0], num_steps=int(kind[6:])), 1.0
-    if kind == "cached":
-        return RSAFT(0.0, radii[0], mode="weight", reuse="cached"), 1.0
-    if kind.startswith("last"):
-        return RSAFT(0.0, radii[0], mode="weight", reuse=int(kind[4:])), 1.0
-    if both := re.fullmatch(r"share(\d+)every(\d+)", kind):
-        return RSAFT(0.0, radii[0], mode="weight", eps_share=1 / int(both[1]), eps_every=int(both[2])), 1.0
-    if kind.startswith("share"):
-        return RSAFT(0.0, radii[0], mode="weight", eps_share=1 / int(kind[5:])), 1.0
-    if kind.startswith("every"):
-        return RSAFT(0.0, radii[0], mode="weight", eps_every=int(kind[5:])), 1.0
-    raise SystemExit(f"there is no method '{name}'; {method.__doc__}")
-
-
-def number_of(name: str, kind: str) -> float | None:
-    """0.1 of `kl-0.1` if the kind is kl; None for a method of another kind."""
-    return float(name.removeprefix(f"{kind}-")) if name.startswith(f"{kind}-") else None
-
-
-def _input_variant(kind: str, radii: list[float]) -> RSAFT | None:
-    """Input flattening with one option changed; None if the name stands for something else."""
-    if kind == "linf":
-        return RSAFT(radii[0], 0.0, mode="input", norm="linf")
-    if kind == "rms":
-        return RSAFT(radii[0], 0.0, mode="input", norm="rms")
-    if kind == "gaussian":
-        return RSAFT(radii[0], 0.0, mode="input", smoothing="gaussian")
-    if kind == "latent":
-        return RSAFT(radii[0], 0.0, mode="input", space="latent")
-    if kind.startswith("pgd"):
-        return RSAFT(radii[0], 0.0, mode="input", delta_steps=int(kind[3:]))
-    return None
+def folder_of(world: str, lora: int | None) -> str:
+    """Where in --out the cells of a world lie: those of whole networks, or of adapters of one rank."""
+    return world if lora is None else f"{world}-lora{lora}"
 
 
 def run_cell(
@@ -161,10 +102,12 @@ def run_cell(
     base: Path | None = None,
     rewards: Path | None = None,
     lr: float | None = None,
+    lora: int | None = None,
     keep_weights: bool = False,
 ) -> None:
     """Train one cell and write its JSON."""
-    result = out / world / f"{name}.seed{seed}.json"
+    folder = out / folder_of(world, lora)
+    result = folder / f"{name}.seed{seed}.json"
     if result.exists():
         return
     trained_by, method_name = trainer_and_method(name)
@@ -172,13 +115,14 @@ def run_cell(
     s = replace(SETTINGS[world], lr=(lr or SETTINGS[world].lr) * lr_factor)
     kl, gated, power = (number_of(method_name, kind) for kind in ("kl", "gated", "annealed"))
     to_base = any(number is not None for number in (kl, gated, power))
-    bed = testbed.load(world, base=base, rewards=rewards, keep_base=to_base)
-    run = out / world / "runs" / f"{name}.seed{seed}"
-    cell: dict[str, Any] = {"world": world, "method": name, "seed": seed, "lr": s.lr}
+    adapter = None if lora is None else LoRA(rank=lora, alpha=lora)
+    bed = testbed.load(world, lora=adapter, base=base, rewards=rewards, keep_base=to_base)
+    run = folder / "runs" / f"{name}.seed{seed}"
+    cell: dict[str, Any] = {"world": world, "method": name, "seed": seed, "lr": s.lr, "lora": lora}
     begun, cpu = time.monotonic(), time.process_time()
     algorithm = replace(TRAINERS[trained_by], sampling=replace(SAMPLER, num_steps=s.num_steps))
     if power is not None:
-        plain = out / world / "runs" / f"{name.replace(method_name, 'plain')}.seed{seed}" / "weights"
+        plain = folder / "runs" / f"{name.replace(method_name, 'plain')}.seed{seed}" / "weights"
         cell |= annealed_scores(bed, power, plain, s, seed)
     else:
         weight = kl if gated is None else gated
@@ -270,14 +214,17 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--lr", type=float, help="another learning rate than the calibrated one")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank")
     parser.add_argument("--base", type=Path, help="folder of another base model (a replication set)")
     parser.add_argument("--rewards", type=Path, help="folder of other reward models")
     parser.add_argument("--keep-weights", action="store_true", help="7 MB an evaluation, as annealed-POWER needs them")
     args = parser.parse_args()
+    if args.lora is None and any("product-" in name for name in args.methods):
+        parser.error("--methods: product-RHO_W measures LoRA's factors; give their rank with --lora.")
     torch.set_num_threads(1)
     for seed in args.seeds:  # seeds outermost: every method has its first seeds early
         for name in args.methods:
-            claim = args.out / args.world / "claims" / f"{name}.seed{seed}"
+            claim = args.out / folder_of(args.world, args.lora) / "claims" / f"{name}.seed{seed}"
             claim.mkdir(parents=True, exist_ok=True)
             try:
                 with locked(claim):
@@ -290,6 +237,7 @@ def main() -> None:
                         base=args.base,
                         rewards=args.rewards,
                         lr=args.lr,
+                        lora=args.lora,
                         keep_weights=args.keep_weights,
                     )
             except RunDirectoryError:

@@ -39,8 +39,9 @@ their reward, so no difference is given. Evaluations are on the same prompts and
 images is no part of a difference. "Best of the run" is a maximum over evaluations, and so too high, in every method.
 
 Methods: weight-RHO_W, input-RHO, both-RHO-RHO_W: RSA-FT. shareN: epsilon from one sample of N. everyN: kept for N
-updates. lastM, cached: only the last M steps, or those with gradient, sampled again at theta + epsilon. Controls:
-half-lr (half the learning rate), random-RHO_W (a random direction of that norm).
+updates. lastM, cached: only the last M steps, or those with gradient, sampled again at theta + epsilon. product-RHO_W:
+LoRA's factors moved until the layers' weights move by RHO_W. Controls: half-lr (half the learning rate), random-RHO_W
+(a random direction of that norm).
 """
 
 
@@ -180,7 +181,7 @@ def plot(cells: Cells, levels: Sequence[float], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="--out of the study")
-    parser.add_argument("--world", default="fashion", choices=["fashion", "shapes"])
+    parser.add_argument("--world", default="fashion", help="fashion, shapes, or with --lora of the study fashion-lora8")
     parser.add_argument("--trainer", default="draft", choices=list(TRAINERS), help="whose cells; one table each")
     parser.add_argument("--methods", nargs="+", help="these only, in this order; plain always comes first")
     parser.add_argument("--levels", nargs="+", type=float, help="train rewards; by default round ones of plain's range")

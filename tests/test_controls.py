@@ -1,19 +1,31 @@
 """The study's controls and cheaper schemes: their limits, in float64."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation, with_steps
+from benchmarks.controls import (
+    CoarseFirstPass,
+    FriendlySAM,
+    LookSAM,
+    ProductMetric,
+    RandomPerturbation,
+    lora_layers,
+    product_norm,
+    with_steps,
+)
 from benchmarks.testbed_study import TRAINERS
+from rsaft.errors import ConfigError
 from rsaft.flatten import RSAFT
 from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.rdrl import AlignProp, DRaFT, DRTune, ImageScore, ReFL, WeightedSum, plain_step
 from rsaft.sampling import Sampling
 from rsaft.types import Step
 from tests.helpers import TinyFlow, batch_of, count_calls, toy_reward
+from tests.rdrl.toy import Toy
 
 STEPS = 4
 STRICT = RSAFT(0.0, 0.1, mode="weight")
@@ -123,6 +135,61 @@ def test_between_its_updates_looksam_adds_the_kept_part_at_alpha_times_the_plain
     assert isinstance(then, KeptEps)
     assert then.age == 2  # so the next update is a full one
     torch.testing.assert_close(update(LookSAM(0.1, every=2, alpha=0.3), 2, then)[0], update(STRICT, 2)[0])
+
+
+@torch.no_grad()
+def dense_change(toy: Toy, eps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How far eps moves the layers' weights to first order, from the weights themselves: s (B + eB)(A + eA) - ..."""
+    moved = dict(zip(map(id, toy.parameters()), eps, strict=True))
+    squares = []
+    for layer in (toy.network.inner, toy.network.outer):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        e_a, e_b = moved[id(a)], moved[id(b)]
+        change = 2 * ((b + e_b) @ (a + e_a) - b @ a - e_b @ e_a)  # s = alpha / rank = 2
+        squares.append(change.square().sum())
+    return torch.stack(squares).sum().sqrt()
+
+
+def test_the_product_norm_is_the_dense_weights_norm():
+    toy, source = Toy("v", lora=True), torch.Generator().manual_seed(0)
+    eps = [torch.randn(p.shape, generator=source, dtype=p.dtype) for p in toy.parameters()]
+    layers = lora_layers(toy.network, toy.parameters())
+    found = product_norm(layers, toy.parameters(), eps)
+    torch.testing.assert_close(found, dense_change(toy, eps), rtol=1e-10, atol=0)
+    with torch.no_grad():  # the same layers from other factors: what moves them is measured alike
+        for layer in layers:
+            for values in (toy.parameters(), eps):
+                values[layer.a].mul_(3)
+                values[layer.b].div_(3)
+    torch.testing.assert_close(product_norm(layers, toy.parameters(), eps), found, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("b", [1.0, 0.0], ids=["trained", "new"])  # a new adapter has B = 0
+def test_the_product_metric_moves_the_dense_weights_by_its_radius_along_the_factors_gradient(b: float):
+    toy = Toy("v", lora=True)
+    for layer in lora_layers(toy.network, toy.parameters()):
+        toy.parameters()[layer.b].data.mul_(b)
+
+    def gradient(step: Step) -> torch.Tensor:
+        for p in toy.parameters():
+            p.grad = None
+        rollout = DRaFT(k=1, sampling=SAMPLING).rollout(toy, batch_of())
+        step([rollout], ImageScore(toy, {"toy": toy_reward}, WeightedSum({"toy": 1.0})), toy.parameters())
+        return torch.cat([p.grad.flatten() for p in toy.parameters()])
+
+    plain = gradient(plain_step)
+    unit = [p.grad / plain.norm() for p in toy.parameters()]  # of the loss, which is minus the reward
+    radius = float(0.1 / dense_change(toy, unit))
+    torch.testing.assert_close(
+        gradient(ProductMetric(0.1)), gradient(RSAFT(0.0, radius, mode="weight")), rtol=1e-10, atol=1e-13
+    )
+    assert not torch.allclose(gradient(ProductMetric(0.1)), gradient(STRICT), rtol=1e-6, atol=0)
+    assert torch.equal(gradient(ProductMetric(0.0)), plain)
+
+
+def test_the_product_metric_refuses_a_network_without_an_adapter():
+    with pytest.raises(ConfigError, match=r"product: .* 6 of 6 trained tensors are none; train an adapter"):
+        lora_layers(Toy("v").network, Toy("v").parameters())
 
 
 def test_a_random_perturbation_moves_the_weights_by_its_radius_in_another_direction():

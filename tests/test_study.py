@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from benchmarks import testbed_study
-from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, RandomPerturbation
-from benchmarks.testbed_study import SETTINGS, TRAINERS, method, run_cell, trainer_and_method
+from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM, ProductMetric, RandomPerturbation
+from benchmarks.testbed_study import SETTINGS, TRAINERS, main, method, run_cell, trainer_and_method
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import ReFL, plain_step
 from rsaft.sampling import Sampling
@@ -39,6 +40,7 @@ from rsaft.sampling import Sampling
         ("looksam5-0.01", LookSAM(0.01, every=5), 1.0),
         ("fsam-0.01", FriendlySAM(0.01), 1.0),
         ("coarse3-0.01", CoarseFirstPass(0.01, num_steps=3), 1.0),
+        ("product-0.01", ProductMetric(0.01), 1.0),
         ("share16every4-0.01", RSAFT(0.0, 0.01, mode="weight", eps_share=1 / 16, eps_every=4), 1.0),
     ],
 )
@@ -114,6 +116,31 @@ def test_a_cell_of_another_trainer_lies_beside_drafts(tmp_path: Path, monkeypatc
     cell = json.loads((tmp_path / "fashion" / "drtune:weight-0.01.seed0.json").read_text())
     assert cell["method"] == "drtune:weight-0.01"
     assert [e["step"] for e in cell["evaluations"]] == [0, 2]
+
+
+def test_a_cell_of_an_adapter_lies_apart_and_trains_the_adapter_at_the_worlds_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small = replace(SETTINGS["fashion"], steps=1, batch_size=1, num_steps=2, eval_every=1, eval_samples=2)
+    monkeypatch.setitem(testbed_study.SETTINGS, "fashion", small)
+    arguments = ["--methods", "product-0.01", "--seeds", "0", "--lora", "2", "--keep-weights", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["testbed_study", *arguments])
+    main()
+    assert not (tmp_path / "fashion").exists()
+    folder = tmp_path / "fashion-lora2"
+    cell = json.loads((folder / "product-0.01.seed0.json").read_text())
+    assert (cell["lora"], cell["lr"]) == (2, small.lr)
+    weights = load_file(folder / "runs" / "product-0.01.seed0" / "weights" / "step-000001.safetensors")
+    assert all(2 in w.shape for w in weights.values())  # the rank
+
+
+def test_the_product_metric_without_an_adapter_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("sys.argv", ["testbed_study", "--methods", "plain", "refl:product-0.01"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "give their rank with --lora" in capsys.readouterr().err
 
 
 def test_a_cell_holds_its_evaluations_at_its_own_learning_rate_and_is_not_trained_twice(
