@@ -5,10 +5,11 @@
 
 Two models: the fashion testbed at T = 50, and a UNet of Stable Diffusion 1.5's shape with reduced width at T = 20.
 Modes take turns, update by update, so that a busy machine slows all of them alike; the figures are means over the
-updates after the first, which draw the same truncation in every mode. Seconds are CPU seconds of the one thread (wall
-seconds on a GPU). Peak memory is the process's own high-water mark above its level before the update (allocated GPU
-memory on a GPU). The outcome column is gold at matched train reward on the frozen testbed, from the finished study.
-The results are written after each problem and trainer.
+updates after the first, which draw the same truncation in every mode. A mode whose epsilon serves n updates makes each
+update twice, with a new epsilon and with that one kept: it costs (new + (n - 1) kept) / n. Seconds are CPU seconds of
+the one thread (wall seconds on a GPU). Peak memory is the process's own high-water mark above its level before the
+update (allocated GPU memory on a GPU). The outcome column is gold at matched train reward on the frozen testbed, from
+the finished study. The results are written after each problem and trainer; those of earlier calls stay.
 """
 
 from __future__ import annotations
@@ -19,28 +20,22 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.controls import CoarseFirstPass, FriendlySAM, LookSAM
+from benchmarks.cost_problems import PROBLEMS, Problem
 from benchmarks.testbed_tables import GOLD, at_reward
-from rsaft import testbed
-from rsaft.backbones import load_backbone
-from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.flatten import RSAFT
 from rsaft.rdrl import AlignProp, DRaFT, DRTune, ImageScore, ReFL, WeightedSum, plain_step
 from rsaft.sampling import Sampling
-from rsaft.types import Algorithm, Batch, Reward, Step
-
-EVERY = 4  # updates that a kept epsilon serves
+from rsaft.types import Algorithm, Batch, Step
 
 # Authors' settings; without gradient checkpointing, which would be the same in all modes.
 TRAINERS: dict[str, Callable[[Sampling], Algorithm]] = {
@@ -57,13 +52,15 @@ class Mode:
 
     step: Step
     study: str
+    every: int = 1  # updates that one epsilon serves
 
 
 def modes(rho: float, rho_w: float) -> dict[str, Mode]:
     """All modes at the given radii; cost does not depend on them, the outcome does."""
 
     def weight(study: str, **options: Any) -> Mode:
-        return Mode(RSAFT(0.0, rho_w, mode="weight", **options), f"{study}-{rho_w:g}")
+        step = RSAFT(0.0, rho_w, mode="weight", **options)
+        return Mode(step, f"{study}-{rho_w:g}", step.eps_every)
 
     return {
         "plain": Mode(plain_step, "plain"),
@@ -74,75 +71,13 @@ def modes(rho: float, rho_w: float) -> dict[str, Mode]:
         "weight, last 3": weight("last3", reuse=3),
         "weight, share 1/4": weight("share4", eps_share=1 / 4),
         "weight, share 1/16": weight("share16", eps_share=1 / 16),
-        "weight, every 4": weight("every4", eps_every=EVERY),
-        "weight, share 1/16, every 4": weight("share16every4", eps_share=1 / 16, eps_every=EVERY),
-        "weight, LookSAM every 4": Mode(LookSAM(rho_w, every=EVERY), f"looksam{EVERY}-{rho_w:g}"),
+        "weight, every 4": weight("every4", eps_every=4),
+        "weight, every 16": weight("every16", eps_every=16),
+        "weight, share 1/16, every 4": weight("share16every4", eps_share=1 / 16, eps_every=4),
+        "weight, LookSAM every 4": Mode(LookSAM(rho_w, every=4), f"looksam4-{rho_w:g}", every=4),
         "weight, F-SAM": Mode(FriendlySAM(rho_w), f"fsam-{rho_w:g}"),
         "weight, first pass of 3 steps": Mode(CoarseFirstPass(rho_w, 3), f"coarse3-{rho_w:g}"),
     }
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model with its reward and batch."""
-
-    title: str
-    backbone: DiffusersBackbone
-    reward: Reward
-    prompts: Sequence[str]
-    batch_size: int
-    num_steps: int
-
-
-def fashion(num_steps: int, batch_size: int) -> Problem:
-    bed = testbed.load("fashion")
-    title = f"fashion testbed, T = {num_steps}, batch {batch_size}, full fine-tuning"
-    return Problem(title, bed.backbone, bed.reward, bed.prompts_train, batch_size, num_steps)
-
-
-def narrow_sd15(num_steps: int, batch_size: int) -> Problem:
-    """Stable Diffusion 1.5's blocks at a twentieth of its width, on 16x16 latents (128x128 images)."""
-    tiny = testbed.load("fashion").backbone.pipe
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=2,
-        cross_attention_dim=tiny.text_encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8, 16, 32, 32),
-        layers_per_block=2,
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=128,
-    )
-    pipe = StableDiffusionPipeline(
-        vae, tiny.text_encoder, tiny.tokenizer, unet, tiny.scheduler, None, None, requires_safety_checker=False
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        pipe.save_pretrained(folder)
-        backbone = load_backbone(folder)
-    critic = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 32, 7, 4, 3),
-        torch.nn.SiLU(),
-        torch.nn.Conv2d(32, 64, 5, 4, 2),
-        torch.nn.SiLU(),
-        torch.nn.AdaptiveAvgPool2d(4),
-        torch.nn.Flatten(),
-        torch.nn.Linear(1024, 1),
-    )
-    critic.requires_grad_(False).to(backbone.device)
-    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    title = f"SD1.5-shaped UNet, {millions:.1f} M parameters, 128 px, T = {num_steps}, batch {batch_size}"
-    return Problem(title, backbone, lambda x, p: critic(x)[:, 0], ["a photo"], batch_size, num_steps)
-
-
-PROBLEMS = {"fashion": (fashion, 50), "narrow": (narrow_sd15, 20)}  # with the sampling steps of each
 
 
 def peak_memory(device: torch.device) -> tuple[Callable[[], None], Callable[[], float]]:
@@ -173,14 +108,16 @@ def measure(
     problem: Problem, algorithm: Algorithm, chosen: Mapping[str, Mode], repeats: int
 ) -> dict[str, dict[str, float]]:
     """Means of each mode; they take turns, update by update."""
-    params = problem.backbone.parameters()
     states: dict[str, Any] = dict.fromkeys(chosen)
     seen: dict[str, list[Update]] = {name: [] for name in chosen}
     for update in range(1 + repeats):  # one to warm up
         for name, mode in chosen.items():
-            for p in params:
-                p.grad = None
-            found, states[name] = one_update(problem, algorithm, mode.step, update, states[name])
+            if mode.every == 1:
+                found, states[name] = one_update(problem, algorithm, mode.step, update, states[name])
+            else:
+                new, state = one_update(problem, algorithm, mode.step, update, None)
+                kept, _ = one_update(problem, algorithm, mode.step, update, state)
+                found = of_a_period(new, kept, mode.every)
             print(
                 f"{problem.title}: update {update} of {repeats}, {name}: {found.seconds:.2f} s",
                 file=sys.stderr,
@@ -209,8 +146,16 @@ class Update:
     peak_mib: float
 
 
+def of_a_period(new: Update, kept: Update, every: int) -> Update:
+    """The mean over the updates that one epsilon serves, of which the first makes it; memory is the larger one."""
+    seconds, calls = ((a + (every - 1) * b) / every for a, b in [(new.seconds, kept.seconds), (new.calls, kept.calls)])
+    return Update(seconds, calls, max(new.peak_mib, kept.peak_mib))
+
+
 def one_update(problem: Problem, algorithm: Algorithm, step: Step, update: int, state: Any) -> tuple[Update, Any]:
     """One update without the optimizer, and the step's state."""
+    for p in problem.backbone.parameters():
+        p.grad = None
     ids = tuple(range(problem.batch_size))
     prompts = tuple(problem.prompts[i % len(problem.prompts)] for i in ids)
     score = ImageScore(problem.backbone, {"r": problem.reward}, WeightedSum({"r": 1.0}))
@@ -245,6 +190,22 @@ def outcomes(study: Path, level: float, trainer: str, chosen: Mapping[str, Mode]
     return {name: found[mode.study].text for name, mode in chosen.items() if mode.study in found}
 
 
+RECORD, ROW = {"title", "measured", "outcome", "modes"}, {"seconds", "ratio", "calls", "peak_mib", "outcome"}
+
+
+def earlier(file: Path) -> dict[str, Any]:
+    """The results of earlier calls; those that lack a figure of today's table are left out, with a printed sentence."""
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    whole = {
+        name: found
+        for name, found in stored.items()
+        if found.keys() >= RECORD and all(row.keys() >= ROW for row in found["modes"].values())
+    }
+    if left := sorted(stored.keys() - whole.keys()):
+        print(f"{file}: {', '.join(left)} were measured by an older version and lack figures; they are left out.")
+    return whole
+
+
 def page(results: Mapping[str, Any]) -> str:
     """The Markdown of all problems measured so far."""
     lines = ["# Cost of RSA-FT against a plain step"]
@@ -272,7 +233,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     parser.add_argument("--modes", nargs="+", metavar="MODE", help=f"plain and these: {'; '.join(modes(1, 1))}")
-    parser.add_argument("--repeats", type=int, default=EVERY, help=f"timed updates; a multiple of {EVERY}")
+    parser.add_argument("--repeats", type=int, default=4, help="timed updates")
     parser.add_argument("--steps", type=int, help="sampling steps; by default 50 for fashion and 20 for narrow")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rho", type=float, default=1.0, help="radius of the input modes, for the outcome")
@@ -281,8 +242,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--level", type=float, default=1.0, help="train reward at which gold is compared")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    if args.repeats < 1 or args.repeats % EVERY:
-        parser.error(f"--repeats: a kept epsilon serves {EVERY} updates, so a multiple of it; got {args.repeats}")
+    if args.repeats < 1:
+        parser.error(f"--repeats: counts timed updates, so at least 1; got {args.repeats}")
     if unknown := set(args.modes or ()) - set(modes(args.rho, args.rho_w)):
         parser.error(f"--modes: there is no {sorted(unknown)}; allowed are {list(modes(args.rho, args.rho_w))}")
     return args
@@ -296,7 +257,7 @@ def main() -> None:
     chosen = {name: mode for name, mode in every.items() if name == "plain" or name in (args.modes or every)}
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / "flatten_cost.json"
-    results = json.loads(file.read_text()) if file.exists() else {}  # problems of earlier calls stay
+    results = earlier(file)
     for name in args.problems:
         make, num_steps = PROBLEMS[name]
         problem = make(args.steps or num_steps, args.batch)
