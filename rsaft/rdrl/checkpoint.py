@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     best: int | None = None,
+    pinned: Collection[int] = (),
     export: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXX`, durable when this returns, and then delete all but the `keep` newest.
@@ -76,6 +77,7 @@ def save_checkpoint(
             tuples as lists.
         keep: number of complete checkpoints to keep, 1 or more; the one just written always stays.
         best: step of one that stays besides.
+        pinned: steps of others that stay.
         export: called with `step-XXXXXX/adapter`, which it may fill with any files.
 
     Returns:
@@ -103,7 +105,7 @@ def save_checkpoint(
             if temporary.exists():
                 delete(temporary)
         fsync_directory(folder)
-    prune(folder, keep, final, best)
+    prune(folder, keep, final, {best, *pinned})
     return final
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 from rsaft.errors import CheckpointError
@@ -72,8 +73,8 @@ def link_best(folder: Path, step: int | None) -> None:
         warnings.warn(f"{link} could not be linked to {target.name} ({error.strerror}); the run goes on.", stacklevel=2)
 
 
-def prune(folder: Path, keep: int, written: Path, best: int | None = None) -> None:
-    """Delete what is older than `written`, but for step `best` and the newest complete ones: `keep` with `written`.
+def prune(folder: Path, keep: int, written: Path, stay: Collection[int | None] = ()) -> None:
+    """Delete what is older than `written`, but for steps that stay and the newest complete ones: `keep` with `written`.
 
     A damaged one goes when there are `keep` complete ones after it, and not before: it may be worth a rescue.
     """
@@ -83,7 +84,7 @@ def prune(folder: Path, keep: int, written: Path, best: int | None = None) -> No
     if len(kept) < keep:
         return
     oldest_kept = next(i for i, path in enumerate(found) if path in kept)
-    kept |= {path for path in found if step_of(path) == best}
+    kept |= {path for path in found if step_of(path) in stay}
     for i, path in enumerate(found[: found.index(written)]):
         if path not in kept and (path in complete or i < oldest_kept):
             delete(path)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from rsaft.flatten.rsa_ft import KeptEps
 from rsaft.metrics.evaluate import Measure, evaluate, joined
 from rsaft.metrics.gauge import GAUGE, Gauge, Reading
 from rsaft.metrics.report import write_report
+from rsaft.pareto.agent import Decision, DecisionAgent
 from rsaft.rdrl.batches import batches_of, micro_batch_ids, prompt_list, refuse_split_groups
 from rsaft.rdrl.checkpoint import list_checkpoints, load_latest, save_checkpoint
 from rsaft.rdrl.checkpoint_folder import link_best
 from rsaft.rdrl.model_card import write_model_card
 from rsaft.rdrl.optimization import Optimization
 from rsaft.rdrl.progress import ProgressLine
+from rsaft.rdrl.run_agent import RunAgent, followed
 from rsaft.rdrl.run_directory import free_run_dir, locked
 from rsaft.rdrl.run_files import RunFiles, Trackers
 from rsaft.rdrl.run_gauge import RunGauge
@@ -63,6 +66,7 @@ class Trainer:
         gate: Callable[[Tensor, tuple[str, ...]], Tensor] | None = None,
         gauge: Gauge | None = GAUGE,
         on_reading: Callable[[Reading], None] | None = None,
+        agent: DecisionAgent | None = None,
         description: str | None = None,
     ) -> None:
         """Set up a run; nothing is written before `fit`.
@@ -82,6 +86,7 @@ class Trainer:
             gate: which samples' penalty counts, from their rewards (`rsaft.rdrl.kl.OverRated`); all by default.
             gauge: the hacking gauge's settings; None does without it.
             on_reading: called with the gauge's reading of each evaluation, on every process.
+            agent: PG-OT's decision agent, which may take rewards out of the objective and go back to a checkpoint.
             description: text of the run directory's config.yaml.
 
         Raises:
@@ -96,11 +101,13 @@ class Trainer:
         self.step = step
         self.prompts = prompt_list(prompts)
         self.eval_prompts = self.prompts if eval_prompts is None else prompt_list(eval_prompts)
+        self._objective = objective
         self.score = ImageScore(backbone, self.rewards, objective, gate)
         distributed.join(backbone.device)
         # Every rank names the first rank's folder, which another rank may already have made.
         self.run_dir = Path(run_dir) if run_dir is not None else distributed.gathered(free_run_dir("run"))[0]
         self._gauge = RunGauge(gauge, self.run_dir, on_reading)
+        self._agent = RunAgent(agent, objective, list(self.rewards), self.run_dir, eval_every=self.config.eval_every)
         self._description = description
         self._parts = micro_batch_ids(self.config, world=distributed.world_size(), rank=distributed.rank())
         if isinstance(objective, GroupObjective):
@@ -152,13 +159,21 @@ class Trainer:
             while True:
                 evaluated = bool(self._evaluations) and self._evaluations[-1]["step"] == done  # before it was resumed
                 finished, better = done == c.steps or (evaluated and self._gauge.stops), False
+                decision: Decision | None = None
                 if (done % c.eval_every == 0 or finished) and not evaluated:
                     means = self._evaluate(done, files)
                     trackers.log(means, done)
                     line.evaluated(means)
                     finished, better = finished or self._gauge.stops, self._gauge.best == done
+                    decision = self._agent.check(done, self._evaluations)
+                    back = None if decision is None else self._follow(decision, files)
+                    if back is not None:
+                        done = back
+                        continue
+                finished = finished or self._agent.stopped
                 signal = agreed(stop.signal)
-                if done and (done % c.save_every == 0 or finished or better or signal is not None):
+                wanted = done % c.save_every == 0 or finished or better or decision is not None or signal is not None
+                if wanted and (done or self._agent.settings is not None):
                     self._save(done, files)
                 if finished or signal is not None:
                     break
@@ -169,6 +184,26 @@ class Trainer:
         trackers.close()
         return done, signal
 
+    def _follow(self, decision: Decision, files: RunFiles | None) -> int | None:
+        """Do what the agent decided; the number of updates that it went back to, None if it did not."""
+        back = decision.revert_to
+        if back is not None:
+            self._agent.put_aside(back)
+        self._agent.keep(decision)
+        if back is None:
+            self._obey()
+            return None
+        distributed.barrier()
+        done = self._restore() or 0
+        if files is not None:
+            files.rewind(done)
+        return done
+
+    def _obey(self) -> None:
+        """Train by the rewards and the strategy that the agent has left."""
+        if self._agent.state is not None:
+            self.score = replace(self.score, objective=followed(self._objective, self._agent.state))
+
     def _update(self, done: int, files: RunFiles | None) -> dict[str, Any]:
         """One update of the weights, from prompts to the optimizer; its record."""
         begun = time.monotonic()
@@ -176,7 +211,7 @@ class Trainer:
         batches = batches_of(
             done,
             prompts=self.prompts,
-            seed=c.seed,
+            seed=self._agent.seed(c.seed),
             batch_size=c.batch_size,
             parts=self._parts,
             group_size=c.group_size,
@@ -228,6 +263,7 @@ class Trainer:
             )
             distance = weight_distance(self.backbone)
         whole = self._gauge.look(done, joined(distributed.gathered(part)), distance, self.backbone.device)
+        self._agent.look(done, whole)
         means = {"step": done} | whole.means() | (self._gauge.last.values if self._gauge.last else {})
         self._evaluations.append(means)
         if files is not None:
@@ -260,6 +296,7 @@ class Trainer:
                 state=state,
                 keep=self.config.keep,
                 best=self._gauge.best,
+                pinned=self._agent.pinned,
                 export=lambda folder: self._export(folder, tensors),
             )
             link_best(self.run_dir / "checkpoints", self._gauge.best)
@@ -275,6 +312,8 @@ class Trainer:
     def _restore(self) -> int | None:
         """Load the newest good checkpoint; the number of updates it holds, None if there is no checkpoint."""
         found = load_latest(self.run_dir / "checkpoints")
+        self._agent.restore(0 if found is None else found.step)
+        self._obey()
         if found is None:
             return None
         if distributed.rank() == 0:
@@ -287,6 +326,7 @@ class Trainer:
                     f"{getattr(self.config, name)}; set it back, or start a new run."
                 )
         self.optimization.restore(found.tensors, found.state)
+        self._step_state = None
         if found.state["eps_age"] is not None:
             eps = [part_of(found.tensors["step"][str(i)], p) for i, p in enumerate(self.optimization.params)]
             self._step_state = KeptEps(tuple(eps), found.state["eps_age"])

@@ -49,6 +49,12 @@ class RunFiles:
         image_grid(evaluation.images[:grid]).save(picture, "PNG")
         write_atomic(self._run / "samples" / f"{name}.png", picture.getvalue())
 
+    def rewind(self, done: int) -> None:
+        """Drop the records after `done` updates, as if the run were resumed there."""
+        self.close()
+        self.metrics = JsonLines(self._run / "metrics.jsonl", done)
+        self.timing = JsonLines(self._run / "timing.jsonl", done)
+
     def sync(self) -> None:
         self.metrics.sync()
         self.timing.sync()
