@@ -20,8 +20,16 @@ from rsaft.rdrl.memory import MemoryEstimate
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAY = CONFIGS / "overlays" / "rsa_ft.yaml"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("overlays", "testbed"))
-CHECKED = ("sd15-draft_lv", "sdxl-alignprop", "sd3-refl", "sd35-drtune", "flux-draft_lv")  # the others: --runslow
+CHECKED = (
+    "sd15-draft_lv",
+    "sdxl-alignprop",
+    "sd3-refl",
+    "sd35-drtune",
+    "sd35-pareto",
+    "flux-draft_lv",
+)  # the others: --runslow
 SD3 = CONFIGS / "sd3" / "draft_lv.yaml"
+SD35_PARETO = CONFIGS / "sd35" / "pareto.yaml"
 NO_HELD_OUT = ["held_out.pickscore=null", "held_out.image_reward=null"]
 TOY = ["rewards.hpsv2.type=rsaft.testbed.toy:toy_reward", *NO_HELD_OUT]
 
@@ -66,9 +74,18 @@ def test_every_shipped_run_passes_its_check_when_tiny(path: Path):
     trained = re.search(r"trained: (\d+) adapters, ([\d,]+) parameters", text)
     assert trained
     assert int(trained[1]) > 0
-    assert re.search(r"step     one sample: hpsv2 -?[\d.e-]+, .*; loss .*, gradient norm [\d.e-]+", text)
+    assert re.search(r"step     one sample: (hpsv2|ict) -?[\d.e-]+, .*; loss .*, gradient norm [\d.e-]+", text)
     assert re.search(r"total +\d+\.\d\d +\d+\.\d\d", text)
     assert "fits: " in text
+    assert lines[-1].startswith("ready")
+
+
+def test_a_sample_without_a_target_is_tried_under_a_sum_of_the_rewards():
+    lines: list[str] = []
+    config = tiny(load_config([CONFIGS / "testbed" / "pareto.yaml"], ["objective.strategy=online"]))
+    check_run(config, lines.append)
+    assert "step     the sample has no target under the objective, so a sum of the rewards is tried" in lines
+    assert re.search(r"one sample: proxy .*, gold .*, gradient norm [\d.e-]+", "\n".join(lines))
     assert lines[-1].startswith("ready")
 
 
@@ -78,6 +95,7 @@ def test_every_shipped_run_passes_its_check_when_tiny(path: Path):
         (["none.yaml"], "config file 'none.yaml': there is no such file"),
         ([SD3, "prompts.train=none.txt", "--tiny"], "config.prompts.train: there is no file 'none.txt'"),
         ([SD3, "train.micro_batch=3"], "train.batch_size: 32 samples must split evenly"),
+        ([SD35_PARETO, "train.micro_batch=2"], "config.objective: frontiers: there is no runs/frontiers/sd35-pareto/"),
         (
             [SD3, "model.path=tiny:sd3", "model.resolution=null", "model.lora.targets=[to_x]", *TOY],
             "lora.targets: no linear layer ends in one of ['to_x']; this network's layers end in [",
@@ -85,7 +103,7 @@ def test_every_shipped_run_passes_its_check_when_tiny(path: Path):
         ([SD3, "model.path=none/such", "model.family=null", *TOY], "model 'none/such': no diffusers pipeline"),
         ([SD3, "rewards.hpsv2.type=own_bad_rewards:nothing"], "config.rewards.hpsv2.type: 'own_bad_rewards' has no"),
     ],
-    ids=["config", "prompts", "split", "targets", "model", "reward"],
+    ids=["config", "prompts", "split", "frontiers", "targets", "model", "reward"],
 )
 def test_what_is_missing_is_one_sentence_and_exit_code_2(check: Callable[..., Any], arguments: Any, sentence: str):
     code, _, err = check(*arguments)

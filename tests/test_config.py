@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rsaft.config import TYPES, Custom, json_schema, load_config, to_dict, validate
+from rsaft.config import TYPES, Custom, json_schema, load_config, objectives, to_dict, validate
 from rsaft.config.assemble import component, load_prompts
 from rsaft.config.files import merged, parse_overrides
 from rsaft.config.sections import Plain
@@ -80,7 +80,11 @@ def test_every_shipped_run_validates_alone_and_under_every_overlay(path: Path):
     assert isinstance(load_config([path]).step, Plain)
     for overlay in OVERLAYS:
         config = load_config([path, overlay])
-        assert (config.kl is not None) if overlay.stem == "kl" else isinstance(config.step, RSAFT)
+        changed = {
+            "kl": config.kl is not None,
+            "pareto": isinstance(config.objective, objectives.ParetoTransport),
+        }
+        assert changed.get(overlay.stem, isinstance(config.step, RSAFT))
 
 
 def test_draft_lv_has_the_settings_of_the_paper():

@@ -1,5 +1,6 @@
 """Every shipped run goes through with `--tiny`: trained, saved, exported, checked."""
 
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,10 @@ from rsaft.testbed.toy import toy_reward
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 OVERLAY = CONFIGS / "overlays" / "rsa_ft.yaml"
-RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("overlays", "testbed"))
+PARETO = (CONFIGS / "sd35" / "pareto.yaml", CONFIGS / "testbed" / "pareto.yaml")
+RUNS = sorted(
+    set(CONFIGS.glob("*/*.yaml")) - set(CONFIGS.glob("overlays/*")) - set(CONFIGS.glob("testbed/*")) - {*PARETO}
+)
 
 
 PLAIN = ("sd15-alignprop", "sdxl-draft_lv", "sd3-drtune", "sd35-draft_lv", "flux-refl")
@@ -67,6 +71,25 @@ def test_every_shipped_run_goes_through_with_rsa_ft(path: Path, tmp_path: Path):
     assert_goes_through(path, tmp_path, OVERLAY)
 
 
+@pytest.mark.parametrize("path", PARETO, ids=name_of)
+def test_a_run_towards_frontiers_goes_through_with_random_ones(path: Path, tmp_path: Path):
+    config = tiny_run(path)
+    assert (config.train.batch_size, config.train.group_size, config.train.micro_batch) == (2, 2, None)
+    trainer = build_trainer(config, tmp_path)
+    before = [p.detach().clone() for p in trainer.backbone.parameters()]
+    result = trainer.fit()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["pareto/source"] for r in records if r["kind"] == "train"] == [1.0] * 3
+    assert any(not torch.equal(b, p) for b, p in zip(before, trainer.backbone.parameters(), strict=True))
+    again = build_trainer(load_config([tmp_path / "config.yaml"]), tmp_path).fit(resume=True)
+    assert (result.step, again.step) == (3, 3)
+
+
+@pytest.mark.slow
+def test_a_run_towards_frontiers_goes_through_with_rsa_ft(tmp_path: Path):
+    assert_goes_through(PARETO[0], tmp_path, OVERLAY)
+
+
 def test_a_run_goes_through_with_a_kl_term(tmp_path: Path):
     assert_goes_through(CONFIGS / "sd3" / "refl.yaml", tmp_path, CONFIGS / "overlays" / "kl.yaml")
 
@@ -97,7 +120,7 @@ def test_every_family_has_every_trainer():
     }
 
 
-@pytest.mark.parametrize("path", RUNS, ids=name_of)
+@pytest.mark.parametrize("path", [*RUNS, *PARETO], ids=name_of)
 def test_a_tiny_run_is_itself_a_run_file(path: Path):
     config = tiny_run(path)
     assert validate(to_dict(config)) == config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,16 @@ from rsaft.backbones.compiled import check_compiled
 from rsaft.backbones.pipeline import DiffusersBackbone
 from rsaft.config import Custom, RunConfig
 from rsaft.config.assemble import Components, components, load_model, with_kl
+from rsaft.config.frontiers import check_base
+from rsaft.config.objectives import ParetoTransport
 from rsaft.config.tiny import few_steps
 from rsaft.errors import ConfigError
-from rsaft.rdrl.batches import micro_batch_ids
+from rsaft.rdrl.batches import micro_batch_ids, refuse_split_groups
 from rsaft.rdrl.memory import MemoryEstimate, Planned, estimate_memory, weights
+from rsaft.rdrl.objectives import WeightedSum
 from rsaft.rdrl.preflight import StepReport, try_step
 from rsaft.rdrl.rehearsal import PRICED_ROWS
+from rsaft.types import GroupObjective
 
 COMFORTABLE = 0.9  # share of a device that tensors may take; the rest is for what an estimate cannot see
 
@@ -40,9 +45,12 @@ def check_run(config: RunConfig, say: Callable[[str], None], *, memory: int | No
     world = int(os.environ.get("WORLD_SIZE", "1"))
     micro_batch_ids(config.train, world=world, rank=0)  # refuses what does not split evenly
     parts = components(config)
+    if isinstance(parts.objective, GroupObjective):
+        refuse_split_groups(config.train, world=world)
     say(f"files    {len(parts.prompts)} prompts, {len(parts.rewards)} rewards, {len(parts.held_out)} held out")
     backbone = load_model(config.model, seed=config.train.seed, keep_base=config.kl is not None)
     say(f"model    {model_line(backbone)}")
+    check_base(parts.objective, backbone)
     loaded = sum(weights(backbone).values())
     if config.model.drop_text_encoders:  # as the run does it, but with no more prompts than are looked at here
         backbone.cache_prompts(parts.prompts[:PRICED_ROWS])
@@ -144,28 +152,38 @@ def _one_step(
     backbone: DiffusersBackbone, config: RunConfig, parts: Components, say: Callable[[str], None]
 ) -> StepReport | None:
     """Try it, and say what came out; None if memory did not suffice."""
-    given = dict.fromkeys(parts.rewards, 1.0) if isinstance(config.objective, Custom) else config.objective.weights
+    weights = _weights(config)
+    try_it = functools.partial(
+        try_step,
+        backbone,
+        algorithm=(
+            parts.algorithm if isinstance(config.algorithm, Custom) else with_kl(few_steps(config.algorithm), config.kl)
+        ),
+        rewards=parts.rewards,
+        step=parts.step,
+        prompt=parts.prompts[0],
+        trained_on=[name for name in parts.rewards if weights.get(name)],
+    )
     try:
-        report = try_step(
-            backbone,
-            algorithm=(
-                parts.algorithm
-                if isinstance(config.algorithm, Custom)
-                else with_kl(few_steps(config.algorithm), config.kl)
-            ),
-            rewards=parts.rewards,
-            held_out=parts.held_out,
-            objective=parts.objective,
-            step=parts.step,
-            prompt=parts.prompts[0],
-            trained_on=[name for name in parts.rewards if given.get(name)],
-        )
+        report = try_it(held_out=parts.held_out, objective=parts.objective)
+        if report.gradient_norm == 0:  # of a GroupObjective, for which the sample alone has no target
+            say("step     the sample has no target under the objective, so a sum of the rewards is tried")
+            report = replace(try_it(held_out={}, objective=WeightedSum(weights)), rewards=report.rewards)
     except torch.OutOfMemoryError:
         say("step     out of memory with one sample")
         return None
     rewards = ", ".join(f"{name} {value:.4g}" for name, value in report.rewards.items())
     say(f"step     one sample: {rewards}; loss {report.loss:.4g}, gradient norm {report.gradient_norm:.3g}")
     return report
+
+
+def _weights(config: RunConfig) -> Mapping[str, float]:
+    """The rewards that the objective uses, all of them where it is not known."""
+    if isinstance(config.objective, Custom):
+        return dict.fromkeys(config.rewards, 1.0)
+    if isinstance(config.objective, ParetoTransport):
+        return dict.fromkeys(config.objective.active or config.rewards, 1.0)
+    return config.objective.weights
 
 
 def _disk_line(backbone: DiffusersBackbone, config: RunConfig) -> str:

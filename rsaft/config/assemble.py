@@ -8,7 +8,7 @@ import importlib
 import inspect
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rsaft.config.messages import did_you_mean, shown
+from rsaft.config.objectives import ParetoTransport
 from rsaft.config.rewards import MODELS
 from rsaft.config.sections import KL, PIPELINES, TESTBED, TINY, Custom, Model, Plain, TestbedReward
 from rsaft.config.settings import RunConfig, to_dict
@@ -54,13 +55,16 @@ def components(config: RunConfig) -> Components:
     from rsaft.rdrl.score import plain_step
 
     step = component(config.step, "config.step")
+    algorithm = with_kl(component(config.algorithm, "config.algorithm"), config.kl)
+    prompts = load_prompts(config.prompts.train, "train")
+    objective = _objective(config, prompts, algorithm)  # before the rewards, which may take minutes
     return Components(
-        algorithm=with_kl(component(config.algorithm, "config.algorithm"), config.kl),
+        algorithm=algorithm,
         rewards=load_rewards(config.rewards, "config.rewards"),
         held_out=load_rewards(config.held_out, "config.held_out"),
-        objective=component(config.objective, "config.objective"),
+        objective=objective,
         step=plain_step if isinstance(step, Plain) else step,
-        prompts=load_prompts(config.prompts.train, "train"),
+        prompts=prompts,
         eval_prompts=None if config.prompts.eval is None else load_prompts(config.prompts.eval, "eval"),
         measures=_measures(config.held_out),
     )
@@ -68,19 +72,13 @@ def components(config: RunConfig) -> Components:
 
 def trainer(config: RunConfig, run: Path) -> Trainer:
     """The Trainer of a run directory; see `rsaft.config.build_trainer`."""
-    from rsaft.backbones.text_limits import cut_note, text_readers
+    from rsaft.config.frontiers import check_base
     from rsaft.rdrl.loop import Trainer
 
     parts = components(config)
     backbone = load_model(config.model, seed=config.train.seed, keep_base=config.kl is not None)
-    readers = text_readers(backbone.pipe, backbone.family, config.model.max_sequence_length)
-    note = cut_note(readers, [*parts.prompts, *(parts.eval_prompts or ())])
-    if note and not config.model.path.startswith(TINY):  # a tiny model cuts almost any prompt
-        _log.warning(note)
-    if config.model.prompt_cache is not None:
-        backbone.cache_prompts([*parts.prompts, *(parts.eval_prompts or ())])
-    if config.model.drop_text_encoders:
-        backbone.drop_text_encoders()
+    check_base(parts.objective, backbone)
+    prepare_prompts(backbone, config.model, [*parts.prompts, *(parts.eval_prompts or ())])
     return Trainer(
         backbone,
         algorithm=parts.algorithm,
@@ -96,6 +94,28 @@ def trainer(config: RunConfig, run: Path) -> Trainer:
         run_dir=run,
         description=yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120),
     )
+
+
+def _objective(config: RunConfig, prompts: tuple[str, ...], algorithm: Any) -> Any:
+    if not isinstance(config.objective, ParetoTransport):
+        return component(config.objective, "config.objective")
+    from rsaft.config.frontiers import transport
+
+    return transport(config.objective, config, prompts, algorithm.sampling)
+
+
+def prepare_prompts(backbone: DiffusersBackbone, model: Model, prompts: Sequence[str]) -> None:
+    """Warn of prompts that are cut, and encode them all beforehand where the config says so."""
+    from rsaft.backbones.text_limits import cut_note, text_readers
+
+    readers = text_readers(backbone.pipe, backbone.family, model.max_sequence_length)
+    note = cut_note(readers, prompts)
+    if note and not model.path.startswith(TINY):  # a tiny model cuts almost any prompt
+        _log.warning(note)
+    if model.prompt_cache is not None:
+        backbone.cache_prompts(prompts)
+    if model.drop_text_encoders:
+        backbone.drop_text_encoders()
 
 
 def with_kl(algorithm: Any, kl: KL | None) -> Any:

@@ -11,7 +11,7 @@ import yaml
 
 from rsaft.errors import ConfigError
 
-PATH_KEYS = (("model", "path"), ("prompts", "train"), ("prompts", "eval"))
+PATH_KEYS = (("model", "path"), ("prompts", "train"), ("prompts", "eval"), ("objective", "frontiers"))
 """Keys that may hold a path; it counts from the YAML's folder if it exists there, else from the working directory."""
 
 REMOVABLE = (("rewards",), ("held_out",), ("objective", "weights"))

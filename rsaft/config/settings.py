@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rsaft.config.files import read_settings
 from rsaft.config.messages import did_you_mean, explain, field_names, shown, unknown_key
+from rsaft.config.objectives import ParetoTransport
 from rsaft.config.sections import KL, TESTBED, WORLDS, Custom, Model, Prompts
 from rsaft.errors import ConfigError
 
@@ -51,6 +52,7 @@ TYPES: dict[str, dict[str, str]] = {
         "min": "rsaft.rdrl.objectives:Min",
         "conservative": "rsaft.rdrl.objectives:Conservative",
         "log_sigmoid": "rsaft.rdrl.objectives:LogSigmoid",
+        "pareto_transport": "rsaft.config.objectives:ParetoTransport",
     },
     "step": {"plain": "rsaft.config.sections:Plain", "rsaft": "rsaft.flatten.rsa_ft:RSAFT"},
 }
@@ -237,7 +239,9 @@ def _check_together(config: RunConfig) -> None:
     """What no section can know alone."""
     if not config.rewards:
         raise ConfigError("config.rewards: at least one reward is needed to train on; got none.")
-    if not isinstance(config.objective, Custom):
+    if isinstance(config.objective, ParetoTransport):
+        _check_transport(config.objective, config)
+    elif not isinstance(config.objective, Custom):
         for name in config.objective.weights:
             if name not in config.rewards:
                 raise ConfigError(
@@ -249,6 +253,20 @@ def _check_together(config: RunConfig) -> None:
     for key, value in (("train", config.prompts.train), ("eval", config.prompts.eval)):
         if value is not None and not value.startswith(TESTBED):
             _check_prompt_file(value, f"config.prompts.{key}")
+
+
+def _check_transport(objective: ParetoTransport, config: RunConfig) -> None:
+    for name in objective.active or ():
+        if name not in config.rewards:
+            raise ConfigError(
+                f"config.objective.active: there is no reward '{name}'; config.rewards has "
+                f"{', '.join(config.rewards)}{did_you_mean(name, config.rewards)}"
+            )
+    if objective.strategy == "online" and config.train.group_size == 1:
+        raise ConfigError(
+            "config.train.group_size: the online strategy compares the samples of a prompt in an update, and with 1 "
+            "there is nothing to compare; raise it."
+        )
 
 
 def _check_prompt_file(value: str, path: str) -> None:

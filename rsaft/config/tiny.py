@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from rsaft.config.objectives import ParetoTransport
 from rsaft.config.sections import FAMILIES, TINY, Custom, Model
 from rsaft.config.settings import RunConfig
 from rsaft.errors import ConfigError
@@ -23,16 +24,19 @@ def tiny(config: RunConfig) -> RunConfig:
     """The run with a tiny random model of its family, a toy reward in place of each reward, and 3 updates.
 
     Kept: adapter, precision, guidance, algorithm, objective, step, optimizer, prompts. Code of the user's own is kept,
-    but for rewards.
+    but for rewards. Frontiers are random ones.
 
     Raises:
         ConfigError: if the config does not name the family of its model.
     """
+    group_size = min(config.train.group_size, 2)
     train = replace(
         config.train,
         steps=3,
         batch_size=2,  # so one or two processes
-        micro_batch=None if config.train.micro_batch is None else 1,
+        group_size=group_size,
+        # None for a group, which no micro-batch may cut
+        micro_batch=None if config.train.micro_batch is None or group_size > 1 else 1,
         warmup_steps=min(config.train.warmup_steps, 1),
         eval_every=3,
         eval_samples=2,
@@ -47,8 +51,16 @@ def tiny(config: RunConfig) -> RunConfig:
         algorithm=few_steps(config.algorithm),
         rewards=dict.fromkeys(config.rewards, TOY_REWARD),
         held_out=dict.fromkeys(config.held_out, TOY_REWARD),
+        objective=tiny_frontiers(config.objective),
         train=train,
     )
+
+
+def tiny_frontiers(objective: Any) -> Any:
+    """The objective with random frontiers in place of those that it has."""
+    if not isinstance(objective, ParetoTransport) or objective.frontiers is None:
+        return objective
+    return replace(objective, frontiers=TINY)
 
 
 def tiny_model(model: Model) -> Model:

@@ -7,6 +7,7 @@ Assume no sign: it rose with hacking on one testbed world and fell on the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import get_args
 
@@ -63,7 +64,8 @@ def rewards_around(reward: Reward, images: Images, prompts: Sequence[str], rho: 
         raise ValueError(f"sharpness: norm is one of {', '.join(get_args(Norm))}; got {norm!r}.")
     x = images.detach()
     x = (x if x.dtype == torch.float64 else x.float()).clone().requires_grad_()
-    with torch.autocast(x.device.type, enabled=False):
+    # Tensors without data are on a device that has no autocast (the memory estimate's).
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         with torch.enable_grad():
             centre = reward(x, prompts)
             if not centre.requires_grad:

@@ -13,7 +13,7 @@ from rsaft.errors import ConfigError, NonFiniteError, RsaftError
 from rsaft.flatten.weight import global_norm
 from rsaft.rdrl.score import ImageScore, checked
 from rsaft.sampling import sample
-from rsaft.types import Algorithm, Backbone, Batch, Images, Objective, Reward, Step
+from rsaft.types import Algorithm, Backbone, Batch, GroupObjective, Images, Objective, Reward, Step
 
 LARGEST = 1e4  # of a score; rewards in use lie between -10 and 100
 
@@ -24,7 +24,7 @@ class StepReport:
 
     rewards: dict[str, float]  # of one sample; trained ones first, then those that are only measured
     loss: float
-    gradient_norm: float  # over all trainable values, finite and above 0
+    gradient_norm: float  # over all trainable values, finite; above 0, but for an objective that compares samples
 
 
 def try_step(
@@ -69,7 +69,8 @@ def try_step(
         raise RsaftError(
             "check: the step changed the weights, and only the optimizer may; this is a fault of the step."
         )
-    if not math.isfinite(norm) or norm == 0:
+    # One sample alone may have no target in a group objective.
+    if not math.isfinite(norm) or (norm == 0 and not isinstance(objective, GroupObjective)):
         raise ConfigError(
             f"check: the gradient of the trainable values has norm {norm}, and training needs a finite one above 0; "
             "see that the rewards depend on the images, smoothly, and that the objective uses them."
