@@ -71,7 +71,7 @@ def test_every_shipped_run_goes_through_with_rsa_ft(path: Path, tmp_path: Path):
     assert_goes_through(path, tmp_path, OVERLAY)
 
 
-@pytest.mark.parametrize("path", PARETO, ids=name_of)
+@pytest.mark.parametrize("path", [PARETO[0], pytest.param(PARETO[1], marks=pytest.mark.slow)], ids=name_of)
 def test_a_run_towards_frontiers_goes_through_with_random_ones(path: Path, tmp_path: Path):
     config = tiny_run(path)
     assert (config.train.batch_size, config.train.group_size, config.train.micro_batch) == (2, 2, None)

@@ -10,14 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rsaft.cli.arguments import check_run, rank, refuse_filled, run_directory, say, split_settings
+from rsaft.cli.arguments import (
+    Settings,
+    Tiny,
+    check_run,
+    config_from,
+    rank,
+    refuse_filled,
+    run_directory,
+    say,
+    split_settings,
+)
 from rsaft.cli.complaints import complain
 from rsaft.cli.eval import ManyRewards, evaluate
+from rsaft.cli.frontier import frontier
 from rsaft.cli.reading import compare, gauge, report
 from rsaft.errors import ConfigError, RsaftError, RunDirectoryError
 
 if TYPE_CHECKING:
-    from rsaft.config import RunConfig
     from rsaft.rdrl.run_result import RunResult
 
 app = typer.Typer(
@@ -28,20 +38,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: a usage error stays one line, and help comes a third sooner
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Settings = Annotated[
-    list[str],
-    typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]", help="A run file, any overlays on it, and any single settings."),
-]
-
-Tiny = Annotated[
-    bool,
-    typer.Option(
-        "--tiny",
-        help="A tiny random model of the config's family, a toy reward and 3 updates: seconds on a CPU. Shows that "
-        "everything runs, and nothing else.",
-    ),
-]
 
 
 @app.command()
@@ -71,7 +67,7 @@ def train(
 
     For example: rsaft train configs/sd15/draft_lv.yaml configs/overlays/rsa_ft.yaml train.lr=1e-4 --run DIR
     """
-    files, config = _config_from(settings, tiny=tiny)
+    files, config = config_from(settings, tiny=tiny)
     from rsaft.config import build_trainer
 
     folder = run_directory(run, f"{files[0].stem}-tiny" if tiny else files[0].stem)
@@ -85,7 +81,7 @@ def check(settings: Settings, tiny: Tiny = False) -> None:
 
     For example: rsaft check configs/sdxl/draft_lv.yaml configs/overlays/rsa_ft.yaml
     """
-    files, config = _config_from(settings, tiny=tiny)
+    files, config = config_from(settings, tiny=tiny)
     say(f"config   {', '.join(map(str, files))}: valid")
     from rsaft.cli.check import check_run
 
@@ -217,8 +213,8 @@ def _summary(where: str) -> str:
 
 
 app.command("eval", cls=ManyRewards)(evaluate)
-for reader in (report, compare, gauge):
-    app.command()(reader)
+for command in (report, compare, gauge, frontier):
+    app.command()(command)
 
 
 def main() -> None:
@@ -254,22 +250,6 @@ def _finish(result: RunResult) -> None:
         + ("; a larger train.eval_every or fewer train.eval_samples cost less" if share > 0.1 else "")
     )
     say(f"done: {result.step} steps, best at {result.best_step}; {result.run_dir / 'report.html'}")
-
-
-def _config_from(settings: list[str], *, tiny: bool) -> tuple[list[Path], RunConfig]:
-    """The files among the arguments of `train`, and the settings that all of them amount to."""
-    files, overrides = split_settings(settings)
-    from rsaft.config import load_config
-
-    config = load_config(files, overrides)
-    if tiny:
-        from rsaft.config.tiny import tiny as tiny_run
-
-        config = tiny_run(config)
-        # The model is saved and loaded at once, and cuts prompts after 12 tokens: nothing of that is news.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
-    return files, config
 
 
 def _config_of(run: Path) -> Any:

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from rsaft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rsaft.config import RunConfig
+
+Settings = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]", help="A run file, any overlays on it, and any single settings."),
+]
+
+Tiny = Annotated[
+    bool,
+    typer.Option(
+        "--tiny",
+        help="A tiny random model of the config's family, a toy reward and 3 updates: seconds on a CPU. Shows that "
+        "everything runs, and nothing else.",
+    ),
+]
 
 
 def split_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -19,6 +40,22 @@ def split_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
     if not files:
         raise ConfigError("a run file is needed: rsaft train CONFIG.yaml [overlay.yaml...] [key=value...].")
     return files, overrides
+
+
+def config_from(settings: list[str], *, tiny: bool) -> tuple[list[Path], RunConfig]:
+    """The files among the arguments of `train`, and the settings that all of them amount to."""
+    files, overrides = split_settings(settings)
+    from rsaft.config import load_config
+
+    config = load_config(files, overrides)
+    if tiny:
+        from rsaft.config.tiny import tiny as tiny_run
+
+        config = tiny_run(config)
+        # The model is saved and loaded at once, and cuts prompts after 12 tokens: nothing of that is news.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+    return files, config
 
 
 def run_directory(chosen: Path | None, name: str) -> Path:

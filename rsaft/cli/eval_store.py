@@ -63,10 +63,10 @@ def open_records(out: Path, settings: Mapping[str, Any]) -> JsonLines:
     path = out / SETTINGS
     done = bool(read_records(out / RECORDS)) if (out / RECORDS).is_file() else False
     if done:
-        changes = _changes(_read_settings(path), wanted)
-        if changes:
+        found = changes(read_settings(path), wanted)
+        if found:
             raise ConfigError(
-                f"out: '{out}' holds an evaluation with other settings ({changes}); repeat its command to go on with "
+                f"out: '{out}' holds an evaluation with other settings ({found}); repeat its command to go on with "
                 "it, or choose another folder with --out."
             )
     else:
@@ -99,7 +99,7 @@ def throughput(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: count / seconds for name, seconds in totals.items() if seconds > 0}
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -107,7 +107,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _changes(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def changes(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The first settings that differ, in words."""
     a, b = flat(there), flat(wanted)
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]

@@ -15,8 +15,10 @@ SECONDS_BETWEEN_LINES = 10.0
 class ProgressLine:
     """Context manager; `show` after every update. Silent on all ranks but the first."""
 
-    def __init__(self, *, done: int, total: int, visible: bool, label: str) -> None:
+    def __init__(self, *, done: int, total: int, visible: bool, label: str, unit: str | None = None) -> None:
+        """With a unit, such as "images", the line says how many are done a second."""
         self._label = label
+        self._unit = unit
         self._total = total
         self._visible = visible
         self._begun = time.monotonic()
@@ -65,12 +67,14 @@ class ProgressLine:
         text = " ".join(f"{name} {value:.3f}" for name, value in rewards.items() if isinstance(value, float))
         norm = record.get("grad_norm")
         text += f" |g| {norm:.2g}" if isinstance(norm, float) else ""
+        now = time.monotonic()
+        if self._unit and now > self._begun:
+            text += f" · {(step - self._first) / (now - self._begun):.3g} {self._unit}/s"
         if self._held_out:
             text += f" · held out: {self._held_out}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
             return
-        now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES or step == self._total:
             left = (now - self._begun) / max(step - self._first, 1) * (self._total - step)
             print(f"{self._label} {step}/{self._total} · {text} · {left:.0f} s left", file=sys.stderr, flush=True)
