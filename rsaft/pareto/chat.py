@@ -108,9 +108,12 @@ def _once(url: str, data: bytes, key: str | None, timeout: float) -> tuple[int |
         request.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
         with _opener().open(request, timeout=timeout) as response:
-            if response.status == 200:
-                return 200, _read(response, LONGEST_ANSWER + 1, timeout)
-            return response.status, f"{response.status} {response.reason}".encode()
+            if response.status != 200:
+                return response.status, f"{response.status} {response.reason}".encode()
+            answer = _read(response, LONGEST_ANSWER + 1, timeout)
+            if response.length and len(answer) <= LONGEST_ANSWER:
+                return None, b"the answer broke off"
+            return 200, answer
     except urllib.error.HTTPError as error:
         said = f"{error.code} {error.reason}: ".encode()
         try:

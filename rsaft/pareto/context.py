@@ -16,6 +16,8 @@ from rsaft.types import Images
 
 Strategy = Literal["offline", "online"]
 
+GOLD = "held_out/gold"  # a testbed's ground truth, which no judge here looks at
+
 
 class JudgeError(RsaftError):
     """A judge gives no verdict: nobody at the terminal, or a server that is away or refuses."""

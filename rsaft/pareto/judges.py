@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import TextIOBase
 
-from rsaft.pareto.context import Context, JudgeError, Verdict
+from rsaft.pareto.context import GOLD, Context, JudgeError, Verdict
 
 SOUND = Verdict(breakdown=False)
 
@@ -93,9 +93,10 @@ def question(context: Context) -> str:
         f"Images now: {context.grid or 'not saved'}",
         f"Images of the untuned model: {context.base_grid or 'not saved'}",
     ]
-    if context.scores:
+    scores = {key: values for key, values in context.scores.items() if key != GOLD}
+    if scores:
         lines.append(f"{'mean':<28}{'base':>12}{'now':>12}")
-    for key, values in context.scores.items():
+    for key, values in scores.items():
         base = context.base_scores.get(key)
         shown = "" if base is None else f"{float(base.double().nanmean()):.4f}"
         lines.append(f"{key:<28}{shown:>12}{float(values.double().nanmean()):>12.4f}")

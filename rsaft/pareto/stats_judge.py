@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rsaft.errors import ConfigError
-from rsaft.pareto.context import Context, Verdict
+from rsaft.pareto.context import GOLD, Context, Verdict
 from rsaft.types import Images
 
 REWARD, HELD_OUT = "reward/", "held_out/"
@@ -36,7 +36,7 @@ class StatsJudge:
     """Breakdown where the signs have `votes` in all; held-out disagreement has two, each other sign one.
 
     The thresholds are ours, but for `significance`, which is the stop rule's. The breakdown is attributed to the active
-    reward with a significant rise that the mean of all other scores confirms least; to none, if none has risen.
+    reward with a significant rise that all other scores confirm least (`least_confirmed`); to none, if none has risen.
     Gains are over the last check that passed, in standard deviations of the base model's scores. Samples with a score
     that is not finite are left out.
 
@@ -68,7 +68,7 @@ class StatsJudge:
         gains, prompts = standardised_gains(context)
         rewards = {name: gains[f"{REWARD}{name}"] for name in context.active if f"{REWARD}{name}" in gains}
         rising = {name: g for name, g in rewards.items() if over_error(g, prompts) >= self.significance}
-        held_out = [g for key, g in gains.items() if key.startswith(HELD_OUT)]
+        held_out = [g for key, g in gains.items() if _is_held_out(key)]
         signs = [
             *self._disagreements(rising, held_out, prompts),
             *self._spreads(context),
@@ -107,7 +107,7 @@ class StatsJudge:
 
     def _trends(self, context: Context) -> list[Sign]:
         looks = context.history[-self.looks :]
-        held_out = _mean_curve(context, looks, [key for key in context.base_scores if key.startswith(HELD_OUT)])
+        held_out = _mean_curve(context, looks, [key for key in context.base_scores if _is_held_out(key)])
         if len(looks) < self.looks or held_out is None:
             return []
         for name in context.active:
@@ -149,7 +149,7 @@ def standardised_gains(context: Context) -> tuple[dict[str, Float[Tensor, " k"]]
     keys = [
         key
         for key in context.scores
-        if (key in active or key.startswith(HELD_OUT)) and key in before and key in context.base_scores
+        if (key in active or _is_held_out(key)) and key in before and key in context.base_scores
     ]
     now, last, base = (
         {key: _column(scores[key]) for key in keys} for scores in (context.scores, before, context.base_scores)
@@ -226,19 +226,27 @@ def largest_shift(images: Images, base_images: Images) -> tuple[str, float]:
 def least_confirmed(
     rising: Mapping[str, Float[Tensor, " n"]], gains: Mapping[str, Float[Tensor, " n"]], prompts: Sequence[str]
 ) -> tuple[str | None, float]:
-    """The reward whose rise exceeds the mean gain of all other scores by most, and the confidence in that (ours).
+    """The reward with the largest rise that the others do not confirm, and the confidence in that (ours).
 
-    Leave one out: reward k is compared with the mean of every other active and held-out score. The confidence is the
-    normal probability of the paired statistic between the first and the second (with one candidate: of its excess).
+    Leave one out: c_k is the correlation, over samples, of reward k's gains with the mean gain of all other active and
+    held-out scores; what is not confirmed is mean(g_k) (1 - max(c_k, 0)). An honest reward rises where the others do.
+    (Taking the others' mean rise off instead would always give the reward that rose most.) The confidence is the normal
+    probability of the paired statistic between the first and the second; with one candidate, of its unconfirmed rise.
     """
     if not rising:
         return None, 0.0
     total = torch.stack(list(gains.values())).sum(dim=0)
-    others = max(1, len(gains) - 1)
-    excess = {name: g - (total - g) / others for name, g in rising.items()}
-    ranked = sorted(excess, key=lambda name: -float(excess[name].mean()))
-    lead = excess[ranked[0]] - excess[ranked[1]] if len(ranked) > 1 else excess[ranked[0]]
+    unconfirmed = {name: g * (1 - max(0.0, _correlation(g, total - g))) for name, g in rising.items()}
+    ranked = sorted(unconfirmed, key=lambda name: -float(unconfirmed[name].mean()))
+    lead = unconfirmed[ranked[0]] - (unconfirmed[ranked[1]] if len(ranked) > 1 else 0.0)
     return ranked[0], 0.5 * (1 + math.erf(over_error(lead, prompts) / math.sqrt(2)))
+
+
+def _correlation(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else 0.0
 
 
 def _mean_curve(
@@ -252,6 +260,10 @@ def _mean_curve(
         if deviation > 0 and all(key in means for _, means in looks):
             units[key] = deviation
     return [sum(means[key] / units[key] for key in units) / len(units) for _, means in looks] if units else None
+
+
+def _is_held_out(key: str) -> bool:
+    return key.startswith(HELD_OUT) and key != GOLD
 
 
 def _column(values: Tensor | None) -> Float[Tensor, " n"]:

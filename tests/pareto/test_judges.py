@@ -66,9 +66,10 @@ def test_an_answer_of_another_form_is_asked_again(text: str):
 
 
 def test_a_person_is_shown_where_to_look_and_the_means_beside_the_bases():
-    context = replace(scored({"reward/hps": 3.0}, n=4), step=200, grid=Path("samples/200.png"))
+    context = replace(scored({"reward/hps": 3.0, "held_out/gold": 0.0}, n=4), step=200, grid=Path("samples/200.png"))
     _, shown = answer("c\n", context)
     assert "Step 200, offline." in shown
+    assert "gold" not in shown
     assert "Images now: samples/200.png" in shown
     assert "Images of the untuned model: not saved" in shown
     assert f"reward/hps{'':<18}{float(context.base_scores['reward/hps'].mean()):>12.4f}" in shown

@@ -89,6 +89,12 @@ def test_gains_are_over_the_last_check_that_passed():
     assert not StatsJudge()(replace(context, passed_scores=context.scores)).breakdown
 
 
+def test_the_testbeds_gold_is_not_looked_at():
+    context = scored({**HONEST, "held_out/gold": -5.0})
+    history = tuple((100 * t, {"reward/hps": 0.2 + 0.01 * t, "held_out/gold": 0.5 - 0.1 * t}) for t in range(4))
+    assert StatsJudge(votes=1)(replace(context, history=history)).analysis == "no sign of a breakdown"
+
+
 def test_a_removed_reward_and_a_constant_one_are_not_looked_at():
     context = scored({**HACKED, "reward/gone": 5.0, "reward/flat": 5.0})
     flat = {name: {**getattr(context, name), "reward/flat": torch.ones(64)} for name in ("scores", "base_scores")}
@@ -192,12 +198,33 @@ def test_samples_of_one_prompt_count_as_one():
     assert over_error(torch.ones(3), ["a", "b", "c"]) == math.inf
 
 
-def test_the_least_confirmed_reward_is_the_one_furthest_above_the_mean_of_all_others():
-    gains = {key: torch.full((4,), g, dtype=torch.float64) for key, g in {"a": 3.0, "b": 2.0, "c": 0.0}.items()}
-    rising = {"a": gains["a"], "b": gains["b"]}
-    assert least_confirmed(rising, gains, ["p", "q", "r", "s"]) == ("a", 1.0)
-    assert least_confirmed({"b": gains["b"]}, gains, ["p", "q", "r", "s"])[0] == "b"
-    assert least_confirmed({}, gains, ["p", "q", "r", "s"]) == (None, 0.0)
+def test_of_two_that_rose_alike_the_one_that_rose_where_no_other_did_is_named():
+    generator = torch.Generator().manual_seed(0)
+    honest, own, *noise = torch.randn(6, 200, generator=generator, dtype=torch.float64)
+    gains = {
+        "a": 2 + honest + 0.3 * noise[0],
+        "b": 2.1 + own + 0.3 * noise[1],
+        "c": 0.5 + honest + 0.3 * noise[2],
+        "d": 0.5 + honest + 0.3 * noise[3],
+    }
+    prompts = [str(i) for i in range(200)]
+    rising = {name: gains[name] for name in "ab"}
+    assert least_confirmed(rising, gains, prompts)[0] == "b"
+    assert least_confirmed(rising, {**gains, "c": 0.5 + own, "d": 0.5 + own}, prompts)[0] == "a"
+
+
+def test_a_rise_is_confirmed_by_the_correlation_with_all_others_and_its_lead_is_tested_over_prompts():
+    gains = {"a": [1.0, 3.0, 2.0, 4.0], "b": [1.0, 1.5, 1.2, 2.0], "c": [0.0, 1.0, 1.0, 0.5]}
+    columns = {name: torch.tensor(x, dtype=torch.float64) for name, x in gains.items()}
+    prompts = ["p", "q", "r", "s"]
+    a, b, c = columns.values()
+    left = [1 - max(0.0, float(stats.pearsonr(x, y).statistic)) for x, y in ((a, b + c), (b, a + c))]
+    lead = stats.ttest_rel(left[0] * a, left[1] * b).statistic
+    name, confidence = least_confirmed({"a": a, "b": b}, columns, prompts)
+    assert name == ("a" if lead > 0 else "b")
+    assert confidence == pytest.approx(float(stats.norm.cdf(abs(lead))))
+    assert least_confirmed({"b": b}, columns, prompts)[0] == "b"
+    assert least_confirmed({}, columns, prompts) == (None, 0.0)
 
 
 def test_the_largest_shift_is_cohens_d_of_the_statistic_that_moved_most():
