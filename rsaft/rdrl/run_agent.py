@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rsaft import distributed
-from rsaft.errors import ConfigError
+from rsaft.errors import ConfigError, RsaftError
 from rsaft.files import write_atomic
 from rsaft.metrics.evaluate import Evaluation
 from rsaft.pareto.agent import FORMAT, AgentState, Decision, DecisionAgent, audit_line
@@ -94,20 +94,25 @@ class RunAgent:
     def check(self, step: int, history: Sequence[Mapping[str, float]]) -> Decision | None:
         """The decision after `step` updates, where one is due; `state` is then the one before it.
 
-        A judge that gives no verdict is a warning, and the run goes on as it was. A collective.
+        A judge that gives no verdict is a warning, and the run goes on as it was. A collective: an error of the judge's
+        is raised on every process.
         """
         if self.settings is None or self.state is None or self._now is None or not self.settings.due(step):
             return None
-        found: Verdict | str = ""
+        found: Verdict | RsaftError | None = None
         if distributed.rank() == 0:
             try:
                 found = self.settings.judge(self._context(step, self._now, history))
-            except JudgeError as error:
-                found = str(error)
+                if not isinstance(found, Verdict):
+                    found = ConfigError(f"agent: a judge returns an rsaft.pareto.Verdict; got {type(found).__name__}.")
+            except RsaftError as error:  # told to the others, which wait
+                found = error
         verdict = distributed.gathered(found)[0]
-        if isinstance(verdict, str):
+        if isinstance(verdict, JudgeError):
             _log.warning("update %d: no verdict: %s; the run goes on.", step, verdict)
             return None
+        if not isinstance(verdict, Verdict):
+            raise verdict or ConfigError("agent: the first process has no verdict.")
         return self.settings.apply(self.state, step, verdict)
 
     def keep(self, decision: Decision) -> None:

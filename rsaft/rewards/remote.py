@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, Literal
 
 import torch
@@ -106,10 +107,10 @@ class RemoteReward:
                 with urllib.request.urlopen(request, timeout=self.timeout) as response:
                     answer: bytes = response.read(longest + 1)
             except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}: {error.read(200).decode(errors='replace')}"
+                reason = f"{error.code} {error.reason}{_said(error)}"
                 if error.code < 500 and error.code != 429:  # the request is at fault, and would be again
                     raise RewardError(f"reward server {self.url}: refused the request, {reason}") from error
-            except OSError as error:  # URLError, timeouts, resets
+            except (OSError, HTTPException) as error:  # URLError, timeouts, resets; no HTTP at all
                 reason = str(error)
             else:
                 if len(answer) > longest:
@@ -119,6 +120,14 @@ class RemoteReward:
             f"reward server {self.url}: no answer in {self.retries + 1} tries, the last one: {reason}; "
             "is it running, and is timeout long enough?"
         )
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of the answer's body, if it arrives."""
+    try:
+        return f": {error.read(200).decode(errors='replace')}"
+    except (OSError, HTTPException):
+        return ""
 
 
 def _png(image: Float[Tensor, "3 h w"]) -> bytes:

@@ -169,6 +169,12 @@ def test_a_judge_without_a_verdict_stops_nothing(tiny_sd, tmp_path: Path, caplog
     assert "no verdict: the server is away; the run goes on" in caplog.text
 
 
+def test_a_judge_that_returns_something_else_is_refused(tiny_sd, tmp_path: Path) -> None:
+    made = trainer(tiny_sd, tmp_path / "run", lambda context: "fine")  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match=r"a judge returns an rsaft.pareto.Verdict; got str"):
+        made.fit()
+
+
 def test_settings_that_do_not_fit_are_refused(tiny_sd, tmp_path: Path) -> None:
     class Own:
         def __call__(self, rewards, names, prompts):

@@ -111,6 +111,22 @@ def test_a_refused_request_is_not_sent_again():
     assert len(seen) == 1
 
 
+class NoHTTP(BaseHTTPRequestHandler):
+    """Reads the request, and answers something that is no HTTP."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.wfile.write(b"hello\r\n\r\n")
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def test_an_answer_that_is_no_http_is_one_sentence():
+    with running(HTTPServer(("127.0.0.1", 0), NoHTTP)) as url:
+        with pytest.raises(RewardError, match="no answer in 2 tries, the last one: hello"):
+            RemoteReward(url, retries=1, backoff=0.0)(images(), PROMPTS)
+
+
 def test_a_server_that_never_answers_is_given_up():
     release = threading.Event()
 
