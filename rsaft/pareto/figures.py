@@ -62,11 +62,11 @@ def frontier_picture(store: FrontierStore) -> bytes:
 def draw_pair(axes: Axes, store: FrontierStore, row: int, pair: tuple[int, int]) -> None:
     """One prompt's samples in two rewards."""
     values = store.rewards[row][store.mask[row]]
+    x, y = (values[:, k] for k in pair)
     on_all, on_pair = non_dominated(values), non_dominated(values[:, list(pair)])
-    x, y = (values[:, k].numpy() for k in pair)
+    order = x[on_pair].argsort()
     axes.scatter(x, y, s=9, color=SAMPLE, linewidths=0, label="all samples")
     axes.scatter(x[on_all], y[on_all], s=11, color=FRONT, linewidths=0, label="on the frontier of all rewards")
-    order = values[on_pair][:, pair[0]].argsort().numpy()
     # What lies below and to the left of the steps is dominated: each step reaches left from its point.
     axes.plot(
         x[on_pair][order], y[on_pair][order], drawstyle="steps-pre", color=STAIR, lw=1, label="frontier of these two"
