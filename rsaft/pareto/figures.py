@@ -36,8 +36,12 @@ def frontier_figure(store: FrontierStore) -> Figure:
     pairs = list(itertools.combinations(range(len(store.names)), 2))[:MOST_PAIRS]
     shown = spread(len(store.prompts), COLUMNS)
     lines = len(pairs)
-    figure = Figure(figsize=(7.5, 2.1 * lines + 2.9), layout="constrained")
-    grid = figure.add_gridspec(lines + 1, len(shown), height_ratios=[1.0] * lines + [1.25])
+    height = 2.1 * lines + 2.9
+    figure = Figure(figsize=(7.5, height))
+    grid = figure.add_gridspec(  # fixed: a fitted layout costs as much as two drawings
+        lines + 1, len(shown), height_ratios=[1.0] * lines + [1.25], wspace=0.3, hspace=0.32, left=0.08, right=0.985,
+        top=1 - 0.3 / height, bottom=0.3 / height,
+    )  # fmt: skip
     for line, pair in enumerate(pairs):
         for column, row in enumerate(shown):
             axes = figure.add_subplot(grid[line, column])
