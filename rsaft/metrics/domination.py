@@ -64,6 +64,17 @@ def tie_rate(r: Float[Tensor, "n m"], r_base: Float[Tensor, "n m"]) -> Float[Ten
     return (r == r_base).any(dim=1).double().mean()
 
 
+def null_rate(r: Float[Tensor, "n m"], r_base: Float[Tensor, "n m"], *, mode: Mode = "strict") -> Float[Tensor, ""]:
+    """What JDR and JCR would both be if the two models were one: expected when each pair is exchanged at random.
+
+    (JDR + JCR) / 2, which knows how much these rewards agree: 2^-m for m independent ones, up to 1/2 for equal ones.
+
+    Raises:
+        ValueError: as `joint_domination_rate`.
+    """
+    return (joint_domination_rate(r, r_base, mode=mode) + joint_collapse_rate(r, r_base, mode=mode)) / 2
+
+
 def _beats(r: Tensor, other: Tensor, mode: Mode) -> Bool[Tensor, " n"]:
     _check(r, other)
     if mode == "strict":

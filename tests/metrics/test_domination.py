@@ -1,10 +1,12 @@
 """JDR and JCR: what counts as a win on every reward, and what follows."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
-from rsaft.metrics import joint_collapse_rate, joint_domination_rate, tie_rate, win_rate
+from rsaft.metrics import joint_collapse_rate, joint_domination_rate, null_rate, tie_rate, win_rate
 
 BASE = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
 TUNED = torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
@@ -35,6 +37,21 @@ def test_exchangeable_independent_rewards_give_two_to_the_minus_m_each(m: int):
     error = 4 * (2**-m * (1 - 2**-m) / n) ** 0.5  # four standard errors
     assert float(joint_domination_rate(a, b)) == pytest.approx(2**-m, abs=error)
     assert float(joint_collapse_rate(a, b)) == pytest.approx(2**-m, abs=error)
+
+
+@pytest.mark.parametrize("mode", ["strict", "pareto"])
+def test_the_null_rate_is_the_mean_over_all_exchanges_of_pairs(mode):
+    a, b = normal(6, 3, 2).round(), normal(7, 3, 2).round()  # with ties
+    rates = []
+    for bits in itertools.product([False, True], repeat=3):
+        swap = torch.tensor(bits)[:, None]
+        rates.append(float(joint_domination_rate(torch.where(swap, b, a), torch.where(swap, a, b), mode=mode)))
+    assert float(null_rate(a, b, mode=mode)) == pytest.approx(sum(rates) / 8)
+
+
+def test_the_null_rate_of_equal_rewards_is_a_half():
+    a, b = normal(8, 100, 1), normal(9, 100, 1)
+    assert float(null_rate(a.expand(-1, 4), b.expand(-1, 4))) == 0.5
 
 
 def test_another_reward_can_only_lower_both_rates():
