@@ -204,6 +204,7 @@ def test_another_seed_gives_other_samples(frontier, whole: Path, tmp_path: Path)
     assert not (rewards(tmp_path)[..., None, :] == rewards(whole)[:, None]).any()
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     home: Path, frontier, server, whole: Path, tmp_path: Path
 ):

@@ -221,6 +221,7 @@ def test_prompts_that_the_text_encoder_cuts_are_reported_with_their_lines(
     assert [(row["prompt_id"], row["line"], row["prompt"][:5]) for row in listed] == [(0, 1, "a cat"), (1, 3, "xxxxx")]
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(home: Path, evaluate, server, tmp_path: Path):
     arguments = ["run", "--rewards", "eval_rewards:red", "--batch", "2", "--steps", "1", "--save-images", "--out"]
     with at_disk_calls(lambda n: None, deletions=True) as calls:

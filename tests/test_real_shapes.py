@@ -100,7 +100,7 @@ def test_a_network_is_bf16_and_what_is_trained_is_fp32():
 
 @pytest.mark.parametrize(
     ("shape", "recompute"),
-    [(MMDIT, "off"), pytest.param(FLUX, "on", marks=pytest.mark.slow)],
+    [pytest.param(MMDIT, "off", marks=pytest.mark.slow), pytest.param(FLUX, "on", marks=pytest.mark.slow)],
     ids=["guided", "distilled"],
 )
 def test_both_steps_are_measured_in_the_precision_of_a_gpu(shape: Shape, recompute: str):

@@ -180,7 +180,7 @@ def test_the_toy_reward_has_a_gradient_at_every_pixel_row_and_knows_the_prompt()
 
 
 def test_a_tiny_run_starts_from_the_command_line(tmp_path: Path):
-    command = [sys.executable, "-m", "rsaft", "train", CONFIGS / "flux" / "draft_lv.yaml", "--tiny", "--run", "run"]
+    command = [sys.executable, "-m", "rsaft", "train", CONFIGS / "sd15" / "drtune.yaml", "--tiny", "--run", "run"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -157,7 +157,7 @@ def started(script: list[Verdict], chosen: dict, rewards: tuple[str, ...]) -> tu
     return agent, agent.start(rewards)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(SCRIPTS, SETTINGS, STARTS)
 def test_under_any_verdicts_the_promises_hold(script: list[Verdict], chosen: dict, rewards: tuple[str, ...]):
     agent, state = started(script, chosen, rewards)
@@ -186,7 +186,7 @@ def test_under_any_verdicts_the_promises_hold(script: list[Verdict], chosen: dic
     assert len(state.removed) == len(set(state.removed))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(SCRIPTS, SETTINGS, STARTS, st.integers(0, 40))
 def test_a_run_resumed_from_json_at_any_check_makes_the_same_decisions(script, chosen, rewards, at):
     agent, state = started(script, chosen, rewards)
@@ -204,7 +204,7 @@ JUNK = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(json.loads(STATE.to_json()))), JUNK)
 def test_a_state_with_a_wrong_value_is_refused_or_whole(name: str, junk: object):
     text = json.dumps({**json.loads(STATE.to_json()), name: junk})

@@ -10,21 +10,24 @@ from torch import Tensor
 from tests.pareto.transport_worker import CASES
 from tests.rdrl.fork_server import ForkServer
 
+FAST = [case for case in CASES if "/plain/" in case or case.startswith("draft/")]
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in FAST]
 Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What one process found, and the first and the second of two."""
+    cases = CASES if request.config.getoption("--runslow") else FAST
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     with ForkServer("tests.pareto.transport_worker") as server:
-        started = [server.start("update", out=str(two), rank=rank, world=2) for rank in (0, 1)]
+        started = [server.start("update", out=str(two), cases=cases, rank=rank, world=2) for rank in (0, 1)]
         assert [server.wait(pid) for pid in started] == [0, 0]
-        assert server.run("update", out=str(one)) == 0
+        assert server.run("update", out=str(one), cases=cases) == 0
     return load_file(one / "0.safetensors"), load_file(two / "0.safetensors"), load_file(two / "1.safetensors")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*FAST, *SLOW])
 def test_two_processes_that_share_a_prompt_give_the_gradient_of_one(found: Found, case: str) -> None:
     one, *two = found
     assert one[case].abs().max() > 1e-6

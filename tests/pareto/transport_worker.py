@@ -51,11 +51,11 @@ def objectives() -> dict[str, ParetoTransport]:
 CASES = [f"{a}/{s}/{o}" for a in ALGORITHMS for s in STEPS for o in ("offline", "online")]
 
 
-def update(out: str, rank: int = 0, world: int = 1) -> None:
+def update(out: str, cases: Sequence[str], rank: int = 0, world: int = 1) -> None:
     """Write each case's gradient, the mean over processes, and its logs."""
     meet(out, rank, world)
     found: dict[str, Tensor] = {}
-    for case in CASES:
+    for case in cases:
         algorithm, step, objective = case.split("/")
         toy, per = Toy("flow"), len(PROMPTS) // world
         ids = range(rank * per, (rank + 1) * per)

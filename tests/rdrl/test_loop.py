@@ -115,6 +115,7 @@ def test_resuming_from_every_step_is_exact_bit_for_bit(trainer, step):
         assert all(torch.equal(a, b) for a, b in averages)
 
 
+@pytest.mark.slow
 def test_resuming_a_run_without_a_checkpoint_starts_it(trainer):
     whole, again = trainer("whole"), trainer("again")
     whole.fit()

@@ -141,6 +141,7 @@ def test_evaluations_of_other_samples_are_no_continuation(trainer):
         trainer(eval_samples=6).fit(resume=True)
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_place_of_the_link_does_not_end_the_run(trainer):
     trainer(steps=2, held_out=toy_reward).fit()
     best = trainer().run_dir / "checkpoints" / "best"

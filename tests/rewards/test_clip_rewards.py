@@ -351,6 +351,7 @@ def test_importing_rewards_loads_no_library_and_naming_one_no_transformers():
     assert done.stdout.split("\n") == ["[]", "False", ""]
 
 
+@pytest.mark.slow
 def test_the_price_of_a_reward_can_be_rehearsed_without_data(make):
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     for name in NAMES:
