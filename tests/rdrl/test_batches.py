@@ -78,9 +78,4 @@ def test_groups_may_be_spread_over_processes_but_not_over_micro_batches(world: i
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 2), (1, 1)])
 def test_groups_that_micro_batches_cut_apart_are_refused(world: int, micro: int):
     with pytest.raises(ConfigError, match=f"micro-batches of {micro} cut them apart; choose a multiple of 4"):
-        config = TrainConfig(batch_size=16, group_size=4, micro_batch=micro)
-    refuse_split_groups(config, world=world)
-    by_rank = [micro_batch_ids(config, world=world, rank=rank) for rank in range(world)]
-    for together in zip(*by_rank, strict=True):  # what all processes have in memory at once
-        ids = [i for part in together for i in part]
-        assert all(sum(i // 4 == group for i in ids) == 4 for group in {i // 4 for i in ids})
+        refuse_split_groups(TrainConfig(batch_size=16, group_size=4, micro_batch=micro), world=world)
